@@ -1,0 +1,52 @@
+"""What can go wrong through a user's hand, one sentence each; the command line prints it and exits with 2.
+
+    QLoRAError                  everything that a user can mend
+    ├── ConfigurationError      a key, a value, or two values that contradict each other
+    │   └── CheckpointError     a checkpoint that is missing, damaged, or of another run
+    ├── DatasetFormatError      a file or a row that is not what its format says
+    ├── AdapterFolderError      an adapter folder that is incomplete, altered, or for another base
+    ├── HardwareError           this machine cannot do what was asked
+    └── TrainingStoppedError    the run stopped itself to save what it had (exit code 1)
+
+A sentence says what is wrong, where, and what to do; the value is quoted as the user wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class QLoRAError(Exception):
+    """Everything that a user can mend; ``str(error)`` is one sentence for them."""
+
+    exit_code = 2
+
+
+class ConfigurationError(QLoRAError):
+    """A key or value of the configuration is wrong; holds one sentence for each problem found."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class CheckpointError(ConfigurationError):
+    """A checkpoint is missing, damaged, or was written by a run that this one cannot continue."""
+
+
+class DatasetFormatError(QLoRAError):
+    """A data file or row is not what its format says."""
+
+
+class AdapterFolderError(QLoRAError):
+    """An adapter folder is incomplete, altered since it was written, or made for another base."""
+
+
+class HardwareError(QLoRAError):
+    """This machine cannot do what was asked."""
+
+
+class TrainingStoppedError(QLoRAError):
+    """The run stopped itself, keeping what it had: a loss that is not finite, a full disk."""
+
+    exit_code = 1
