@@ -1,1 +1,7 @@
+"""A name -> a 4-bit model with adapters, its loss and its optimizer."""
 
+import logging
+
+# bitsandbytes warns, on import, about an inference kernel of the Hub that it could not fetch; it is
+# not used here, and a warning that means nothing teaches people to skip warnings.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

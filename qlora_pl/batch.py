@@ -1,0 +1,45 @@
+"""What data hands to the model: the keys, shapes and dtypes of a batch, and nothing else.
+
+``qlora_pl.data`` makes these, ``qlora_pl.modeling`` consumes them, and neither imports the other.
+A plain dictionary rather than a class, because Lightning moves and transformers unpacks those.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label of a token that is not trained on (the value that torch's cross-entropy skips)."""
+
+FILLER_ROW = -1
+"""The row id of a row that only keeps ranks in step and has no trained token."""
+
+
+class Batch(TypedDict):
+    """Rows to train or score on; B rows, padded on the right to T tokens."""
+
+    input_ids: Tensor
+    """``(B, T)`` int64 token ids."""
+    attention_mask: Tensor
+    """``(B, T)`` int64, 1 for a token of the row and 0 for padding; made from lengths, not ids."""
+    labels: Tensor
+    """``(B, T)`` int64, the token id where it is trained, ``IGNORE_INDEX`` elsewhere; unshifted."""
+    row_ids: Tensor
+    """``(B,)`` int64, the row's place in its split, or ``FILLER_ROW``."""
+
+
+class PromptBatch(TypedDict):
+    """Prompts to answer; B rows, padded on the **left** so that every prompt ends at position T."""
+
+    input_ids: Tensor
+    """``(B, T)`` int64 token ids."""
+    attention_mask: Tensor
+    """``(B, T)`` int64, 1 for a token of the prompt."""
+    row_ids: Tensor
+    """``(B,)`` int64."""
+    prompts: list[str]
+    """What the model is asked, as rendered text."""
+    references: list[str]
+    """What the data set answers; empty where it says nothing."""

@@ -1,0 +1,354 @@
+"""``InstructionDataModule``: sources to loaders, wired into Lightning's hooks.
+
+Everything is read, encoded and checked in ``setup``, which Lightning runs before
+``configure_model``: a bad row stops a run before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from qlora_pl.batch import Batch, PromptBatch
+from qlora_pl.data.audit import EncodedSplit, encode_sources
+from qlora_pl.data.batching import (
+    BatchLayout,
+    EvaluationBatches,
+    PromptBatches,
+    ResumableSampler,
+    TrainingBatches,
+)
+from qlora_pl.data.encoding import Encoder, Overlong, load_tokenizer
+from qlora_pl.data.sources import RowSources, SourceConfig, hub_splits
+from qlora_pl.data.templates import load_template
+from qlora_pl.errors import CheckpointError, ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+Rows = str | Path | SourceConfig | Sequence[Any] | RowSources
+"""What a user may hand over as rows; see ``RowSources.parse``."""
+
+
+class InstructionDataModule(LightningDataModule):
+    """Instruction data for training, validation, test and prediction.
+
+    Args:
+        sources: Rows to train on: a file (.json, .jsonl, .csv, .parquet), a Hub name, a mapping
+            with ``path`` and the settings of ``SourceConfig``, or a list of these. From Python also
+            a list of dictionaries or a ``datasets.Dataset``.
+        val_sources: Rows to validate on; None: a validation split of a Hub dataset where it has
+            one, otherwise ``val_size`` of the training rows.
+        test_sources: Rows for ``test``; None: the test split of a Hub dataset.
+        template: How a conversation becomes text: ``alpaca``, ``guanaco``,
+            ``instruction-response``, ``chat`` (the tokenizer's own), or ``auto`` (``chat`` where the
+            tokenizer has one, else ``instruction-response``).
+        tokenizer: Hub name or folder; None: the model's.
+        max_length: Tokens of a row, prompt and answer together.
+        overlong: What happens to a longer row: ``cut`` on the right, ``drop``, or ``error``.
+        max_lost_ratio: Share of the trained tokens that cutting and dropping may take away before
+            the run refuses to start, 0 to 1.
+        train_on_prompt: Whether the loss includes the prompts.
+        batch_size: Rows of a micro-batch on one device. Rows of an optimizer step:
+            ``batch_size`` x ``trainer.accumulate_grad_batches`` x devices.
+        eval_batch_size: Rows of a batch in validation, test and prediction; None: ``batch_size``.
+        group_by_length: Whether rows of similar length share a step, so that less is padded.
+        val_size: Rows kept for validation where no split exists: a number of rows, or a share of
+            them below 1; 0: none, all rows train.
+        val_seed: Seed of that split alone, so that it is the same for every command and run.
+        seed: Seed of the order of rows; None: the seed of ``seed_everything``, else 0.
+        max_train_samples: Train on the first so many rows of the training split; None: all.
+        max_val_samples: Validate on the first so many rows; None: all.
+        num_workers: Loader processes; 0 reads in the training process.
+    """
+
+    def __init__(
+        self,
+        sources: Rows,
+        val_sources: Rows | None = None,
+        test_sources: Rows | None = None,
+        template: str = "auto",
+        tokenizer: str | None = None,
+        max_length: int = 512,
+        overlong: Overlong = "cut",
+        max_lost_ratio: float = 0.01,
+        train_on_prompt: bool = False,
+        batch_size: int = 4,
+        eval_batch_size: int | None = None,
+        group_by_length: bool = True,
+        val_size: int | float = 0.05,
+        val_seed: int = 42,
+        seed: int | None = None,
+        max_train_samples: int | None = None,
+        max_val_samples: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.sources = RowSources.parse(sources)
+        self.val_sources = _parse_optional(val_sources, "data.val_sources")
+        self.test_sources = _parse_optional(test_sources, "data.test_sources")
+        self.template_name = template
+        self.tokenizer_name = tokenizer
+        self.max_length = max_length
+        self.overlong = overlong
+        self.max_lost_ratio = max_lost_ratio
+        self.train_on_prompt = train_on_prompt
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.group_by_length = group_by_length
+        self.val_size = val_size
+        self.val_seed = val_seed
+        self.seed = seed
+        self.max_train_samples = max_train_samples
+        self.max_val_samples = max_val_samples
+        self.num_workers = num_workers
+        self.splits: dict[str, EncodedSplit] = {}
+        self._resume_from = {"epoch": 0, "position": 0}
+        if problems := self.problems():
+            raise ConfigurationError(problems)
+
+    def problems(self) -> list[str]:
+        """Every problem of the settings that can be found without reading a row."""
+        ranges: list[tuple[bool, str]] = [
+            (self.max_length >= 2, f"max_length: must be at least 2, got {self.max_length}."),
+            (self.batch_size >= 1, f"batch_size: must be at least 1, got {self.batch_size}."),
+            (
+                self.eval_batch_size >= 1,
+                f"eval_batch_size: must be at least 1, got {self.eval_batch_size}.",
+            ),
+            (
+                0 <= self.max_lost_ratio <= 1,
+                f"max_lost_ratio: must lie in 0 to 1, got {self.max_lost_ratio}.",
+            ),
+            (self.val_size >= 0, f"val_size: must be 0 or more, got {self.val_size}."),
+            (
+                isinstance(self.val_size, int) or self.val_size < 1,
+                f"val_size: a share lies below 1, got {self.val_size}; write a whole number for rows.",
+            ),
+            (self.num_workers >= 0, f"num_workers: must be 0 or more, got {self.num_workers}."),
+            (
+                self.max_train_samples is None or self.max_train_samples >= 1,
+                f"max_train_samples: must be at least 1, got {self.max_train_samples}.",
+            ),
+            (
+                self.max_val_samples is None or self.max_val_samples >= 1,
+                f"max_val_samples: must be at least 1, got {self.max_val_samples}.",
+            ),
+        ]
+        problems = [f"data.{sentence}" for holds, sentence in ranges if not holds]
+        for rows in (self.sources, self.val_sources, self.test_sources):
+            problems += rows.problems() if rows is not None else []
+        return problems
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Read, encode, check and split the rows; a second call returns at once."""
+        if stage == "test":
+            self._setup_test()
+        elif "val" not in self.splits:
+            self._setup_fit()
+
+    def _setup_fit(self) -> None:
+        self._prepare_encoder()
+        train = self._encode(self.sources, "data.sources")
+        if (
+            val_sources := self.val_sources or self._hub_split(("validation", "eval", "dev"))
+        ) is None:
+            train, val = self._split_off(train)
+        else:
+            val = self._encode(val_sources, "data.val_sources")
+        self.splits["train"] = _first(train, self.max_train_samples)
+        self.splits["val"] = _first(val, self.max_val_samples)
+        for name in ("train", "val"):
+            logger.info("%s: %s", name, self.splits[name].report)
+
+    def _setup_test(self) -> None:
+        if "test" in self.splits:
+            return
+        sources = self.test_sources or self._hub_split(("test",))
+        if sources is None:
+            raise ConfigurationError("data.test_sources: no test rows are named; set it to a file.")
+        self._prepare_encoder()
+        self.splits["test"] = self._encode(sources, "data.test_sources")
+        logger.info("test: %s", self.splits["test"].report)
+
+    def _prepare_encoder(self) -> None:
+        name = self.tokenizer_name or self._model_attribute("model_name_or_path")
+        if name is None:
+            raise ConfigurationError("data.tokenizer: name a tokenizer (a folder or Hub name).")
+        self.tokenizer = load_tokenizer(
+            name, self._model_attribute("revision"), self._model_attribute("cache_dir")
+        )
+        self.template = load_template(self.template_name, self.tokenizer)
+        self.encoder = Encoder(self.template, self.tokenizer, self.max_length, self.train_on_prompt)
+
+    def _model_attribute(self, name: str) -> Any:
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return getattr(module, name, None)
+
+    def _encode(self, sources: RowSources, key: str) -> EncodedSplit:
+        return encode_sources(sources, self.encoder, self.overlong, self.max_lost_ratio, key)
+
+    def _hub_split(self, names: Sequence[str]) -> RowSources | None:
+        """The first of these splits that a Hub dataset of the training sources has."""
+        for source in self.sources.sources:
+            for name in hub_splits(source):
+                if name in names and name != source.split:
+                    return RowSources((replace(source, split=name, limit=None),))
+        return None
+
+    def _split_off(self, rows: EncodedSplit) -> tuple[EncodedSplit, EncodedSplit]:
+        """Training and validation rows; which is which depends on ``val_seed`` and nothing else."""
+        total = len(rows.rows)
+        num_val = self.val_size if isinstance(self.val_size, int) else round(total * self.val_size)
+        if num_val >= total:
+            raise ConfigurationError(
+                f"data.val_size: {self.val_size} leaves none of the {total} rows to train on."
+            )
+        generator = np.random.Generator(np.random.Philox(key=[self.val_seed, 0]))
+        order = generator.permutation(total)
+        return rows.select(np.sort(order[num_val:])), rows.select(np.sort(order[:num_val]))
+
+    # -- loaders ---------------------------------------------------------------------------------
+
+    def _layout(self, batch_size: int, accumulation: int = 1) -> BatchLayout:
+        if self.trainer is None:
+            return BatchLayout(batch_size, accumulation)
+        return BatchLayout(
+            batch_size, accumulation, self.trainer.world_size, self.trainer.global_rank
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches in the run's order, from where a resumed run stopped."""
+        accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        batches = TrainingBatches(
+            self.splits["train"].rows,
+            self._layout(self.batch_size, accumulation),
+            self._order_seed(),
+            self.group_by_length,
+            self.tokenizer.pad_token_id,
+        )
+        sampler = ResumableSampler(batches, **self._resume_from)
+        return self._loader(batches, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """The validation rows in a fixed order; no loader at all when there are none."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """The test rows in a fixed order."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[PromptBatch]:
+        """The prompts of the validation rows, in their order."""
+        split = self.splits["val"]
+        if not len(split.rows):
+            raise ConfigurationError(
+                "data.val_size: 0 leaves no validation rows to answer; name data.val_sources."
+            )
+        conversations = [c for c in split.conversations if not c.is_plain_text]
+        if not conversations:
+            raise ConfigurationError(
+                "data.val_sources: the validation rows are plain text, which has no prompts to answer."
+            )
+        prompts = [self.encoder.encode_prompt(c.prompt) for c in conversations]
+        batches = PromptBatches(
+            prompts,
+            [c.reference for c in conversations],
+            self._layout(self.eval_batch_size),
+            self.tokenizer.pad_token_id,
+        )
+        return self._loader(batches)
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Batch] | list[Any]:
+        rows = self.splits[split].rows
+        if not len(rows):
+            return []
+        layout = self._layout(self.eval_batch_size)
+        return self._loader(EvaluationBatches(rows, layout, self.tokenizer.pad_token_id))
+
+    def _loader(self, batches: Any, sampler: ResumableSampler | None = None) -> DataLoader[Any]:
+        # A generator of its own: every new iterator draws a seed, by default from the global
+        # generator, and a validation would then change the dropout that follows it.
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def _order_seed(self) -> int:
+        import os
+
+        if self.seed is not None:
+            return self.seed
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    # -- resuming --------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What decides which rows form which step, in plain types; kept in every checkpoint."""
+        return {
+            "train_rows": self.splits["train"].rows.fingerprint(),
+            "num_train_rows": len(self.splits["train"].rows),
+            "global_batch_size": self._layout(
+                self.batch_size,
+                1 if self.trainer is None else self.trainer.accumulate_grad_batches,
+            ).global_batch_size,
+            "batch_size": self.batch_size,
+            "group_by_length": self.group_by_length,
+            "seed": self._order_seed(),
+        }
+
+    def resume_from(self, saved: Mapping[str, Any], epoch: int, position: int) -> None:
+        """Continue at a micro-batch of an epoch, if the rows and their order are the saved ones.
+
+        Raises:
+            CheckpointError: naming each difference.
+        """
+        sentences = {
+            "train_rows": "the training rows (or their template, tokenizer or length)",
+            "num_train_rows": "the number of training rows",
+            "global_batch_size": "the rows of an optimizer step",
+            "batch_size": "data.batch_size",
+            "group_by_length": "data.group_by_length",
+            "seed": "the seed of the order of rows",
+        }
+        now = self.describe()
+        problems = [
+            f"The checkpoint's run differs in {sentences[name]}: it had {_short(saved.get(name))}, "
+            f"this run has {_short(now[name])}. Use its value, or start without --ckpt_path."
+            for name in now
+            if saved.get(name) != now[name]
+        ]
+        if problems:
+            raise CheckpointError(problems)
+        self._resume_from = {"epoch": epoch, "position": position}
+
+    def name_rows(self, row_ids: Sequence[int], split: str = "train") -> list[str]:
+        """File and row number of rows of a split, for messages; fillers are left out."""
+        places = self.splits[split].places
+        return [str(places[row]) for row in row_ids if row >= 0]
+
+
+def _parse_optional(value: Rows | None, key: str) -> RowSources | None:
+    return None if value is None else RowSources.parse(value, key)
+
+
+def _first(split: EncodedSplit, limit: int | None) -> EncodedSplit:
+    return split if limit is None or limit >= len(split.rows) else split.select(range(limit))
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else str(value)

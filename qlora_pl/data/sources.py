@@ -1,0 +1,290 @@
+"""A local file, a dataset of the Hub, or rows in memory -> raw rows, each with its place.
+
+Local files are read by line or record here rather than through ``datasets``, because a bad row must
+be named by file and number, and no value may change its type on the way (dates, nulls, numbers).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qlora_pl.data.formats import FORMATS
+from qlora_pl.errors import ConfigurationError, DatasetFormatError
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where rows come from."""
+
+    path: str
+    """A local file (.json, .jsonl, .csv, .parquet) or the name of a dataset on the Hub."""
+    split: str = "train"
+    """The split to read of a Hub dataset; local files have none."""
+    subset: str | None = None
+    """The configuration of a Hub dataset; None: its only or default one."""
+    revision: str | None = None
+    """The commit or tag of a Hub dataset; None: the newest."""
+    format: str | None = None
+    """What the columns mean (see FORMATS); None: guessed from their names, and reported."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Renames before reading, NEW: OLD, for example {output: response}."""
+    limit: int | None = None
+    """Read only the first so many rows; None: all."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.format is not None and self.format not in FORMATS:
+            problems.append(
+                f"data.sources ({self.path}): no format is called '{self.format}'"
+                f"{nearest(self.format, FORMATS)}."
+            )
+        if self.limit is not None and self.limit < 1:
+            problems.append(
+                f"data.sources ({self.path}): limit must be at least 1, got {self.limit}."
+            )
+        if problems:
+            raise ConfigurationError(problems)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this names a file rather than a dataset of the Hub."""
+        return Path(self.path).suffix.lower() in SUFFIXES or Path(self.path).exists()
+
+    def problem(self) -> str | None:
+        """One sentence on why this cannot be read, found without reading it; or None."""
+        path = Path(self.path).expanduser()
+        if not self.is_local:
+            if self.path.count("/") > 1 or self.path.startswith((".", "/", "~")):
+                return f"data.sources: no file '{self.path}'."
+            return None
+        if path.is_dir():
+            return f"data.sources: '{self.path}' is a folder; name a file in it."
+        if not path.exists():
+            names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            return f"data.sources: no file '{self.path}'{nearest(path.name, names)}."
+        if path.suffix.lower() not in SUFFIXES:
+            return f"data.sources: '{self.path}' is none of {', '.join(SUFFIXES)}."
+        return None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest of the known words, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+@dataclass(frozen=True)
+class RowSources:
+    """The rows of a run: sources to be read, or rows that are in memory already."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    rows: Sequence[Mapping[str, Any]] | None = None
+
+    @classmethod
+    def parse(cls, value: Any, key: str = "data.sources", allow_rows: bool = True) -> RowSources:
+        """Whatever a user would write: a path, a mapping, a list of either, or rows.
+
+        Args:
+            value: A path or Hub name; a mapping with ``path``; a list of these; from Python also a
+                list of rows or a ``datasets.Dataset``.
+            key: The configuration key, for errors.
+            allow_rows: Whether rows in memory are accepted (from Python, not from a file).
+
+        Raises:
+            ConfigurationError: naming the key and what was found.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str | Path | SourceConfig | dict):
+            value = [value]
+        if not isinstance(value, Sequence) and not hasattr(value, "column_names"):
+            raise ConfigurationError(
+                f"{key}: expected a file, a Hub name or a list, got {value!r}."
+            )
+        if len(value) == 0:
+            raise ConfigurationError(f"{key}: the list is empty; name at least one file.")
+        if allow_rows and isinstance(value[0], Mapping) and "path" not in value[0]:
+            return cls(rows=value)
+        return cls(tuple(_parse_source(item, key) for item in value))
+
+    def plain(self) -> Any:
+        """What ``parse`` takes, in plain types, for a configuration file."""
+        if self.rows is not None:
+            return f"({len(self.rows)} rows in memory)"
+        defaults = SourceConfig(path="")
+        return [
+            {
+                f.name: getattr(source, f.name)
+                for f in fields(source)
+                if f.name == "path" or getattr(source, f.name) != getattr(defaults, f.name)
+            }
+            for source in self.sources
+        ]
+
+    def problems(self) -> list[str]:
+        """Every problem that can be found without reading."""
+        return [problem for source in self.sources if (problem := source.problem())]
+
+
+def _parse_source(item: Any, key: str) -> SourceConfig:
+    if isinstance(item, SourceConfig):
+        return item
+    if isinstance(item, str | Path):
+        return SourceConfig(path=str(item))
+    if not isinstance(item, Mapping):
+        raise ConfigurationError(f"{key}: expected a file or a mapping with 'path', got {item!r}.")
+    known = [f.name for f in fields(SourceConfig)]
+    for name in item:
+        if name not in known:
+            raise ConfigurationError(
+                f"{key}: a source has no setting '{name}'{nearest(str(name), known)} "
+                f"(known: {', '.join(known)})."
+            )
+    if not isinstance(item.get("path"), str):
+        raise ConfigurationError(f"{key}: {dict(item)!r} has no path; write path: FILE.")
+    return SourceConfig(**item)
+
+
+class Place(NamedTuple):
+    """Where a row came from; ``row`` counts from 1, as editors do."""
+
+    source: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.source}, row {self.row}"
+
+
+def read_rows(
+    sources: RowSources,
+) -> Iterator[tuple[Place, SourceConfig | None, Mapping[str, Any]]]:
+    """Every row with its place, in order, one at a time.
+
+    Raises:
+        DatasetFormatError: naming file and row, if a file is not what its suffix says.
+    """
+    if sources.rows is not None:
+        for number, row in enumerate(sources.rows, start=1):
+            yield Place("rows in memory", number), None, row
+        return
+    for source in sources.sources:
+        for number, row in itertools.islice(_numbered_rows(source), source.limit):
+            if not isinstance(row, Mapping):
+                raise DatasetFormatError(
+                    f"{source.path}, row {number}: expected a mapping of columns, got {row!r:.60}."
+                )
+            yield Place(source.path, number), source, _rename(row, source)
+
+
+def _rename(row: Mapping[str, Any], source: SourceConfig) -> Mapping[str, Any]:
+    if not source.columns:
+        return row
+    renamed = {old: new for new, old in source.columns.items()}
+    return {renamed.get(name, name): value for name, value in row.items()}
+
+
+def _numbered_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
+    path = Path(source.path).expanduser()
+    if problem := source.problem():
+        raise ConfigurationError(problem)
+    if not source.is_local:
+        return enumerate(_hub_rows(source), start=1)
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return _jsonl(path)
+    return enumerate({".json": _json, ".csv": _csv, ".parquet": _parquet}[suffix](path), start=1)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):  # blank lines count, as in an editor
+            if line.strip():
+                yield number, _decode(line, f"{path}, row {number}")
+
+
+def _json(path: Path) -> Iterable[Any]:
+    rows = _decode(path.read_bytes(), str(path))
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = lists[0] if len(lists) == 1 else rows
+    if not isinstance(rows, list):
+        raise DatasetFormatError(f"{path}: expected a list of rows, got {type(rows).__name__}.")
+    return rows
+
+
+def _decode(data: bytes, place: str) -> Any:
+    try:
+        return json.loads(data)
+    except UnicodeDecodeError as error:
+        raise DatasetFormatError(f"{place}: not UTF-8 (byte {error.start}); convert it.") from error
+    except json.JSONDecodeError as error:
+        raise DatasetFormatError(
+            f"{place}: not JSON ({error.msg}, column {error.colno})."
+        ) from error
+
+
+def _csv(path: Path) -> Iterator[Any]:
+    # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            for number, row in enumerate(csv.DictReader(file), start=1):
+                if None in row or None in row.values():
+                    raise DatasetFormatError(
+                        f"{path}, row {number}: its number of cells differs from the header's; "
+                        "quote the cells that contain a comma."
+                    )
+                yield row
+        except UnicodeDecodeError as error:
+            raise DatasetFormatError(
+                f"{path}: not UTF-8 (byte {error.start}); convert it."
+            ) from error
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise DatasetFormatError(f"{path}: not Parquet ({str(error).splitlines()[0]}).") from error
+
+
+def _hub_rows(source: SourceConfig) -> Iterable[Any]:
+    import datasets  # slow to import
+
+    try:
+        return datasets.load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision
+        )
+    except Exception as error:  # the Hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DatasetFormatError(
+            f"data.sources: dataset '{source.path}' (split '{source.split}') could not be loaded: "
+            f"{reason}"
+        ) from error
+
+
+def hub_splits(source: SourceConfig) -> list[str]:
+    """The names of a Hub dataset's splits; empty for local files."""
+    if source.is_local:
+        return []
+    import datasets  # slow to import
+
+    try:
+        return list(
+            datasets.get_dataset_split_names(source.path, source.subset, revision=source.revision)
+        )
+    except Exception:  # _hub_rows gives the sentence; here it only means that nothing is known
+        return []

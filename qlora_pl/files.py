@@ -1,0 +1,118 @@
+"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed.
+
+A run may be killed at any byte, and a disk may fill up; what was good before must be good after.
+Content is serialised to memory first, so that every byte passes through ``write_atomic``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_pl.errors import TrainingStoppedError
+
+TEMPORARY_PREFIX = ".incomplete-"
+"""Marks what a killed process left behind; ``remove_leftovers`` clears it away."""
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace a file by this content, or leave it untouched.
+
+    Raises:
+        TrainingStoppedError: if the disk is full or the folder cannot be written to.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TrainingStoppedError(_why_not_written(path, error)) from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_folder_atomic(folder: Path, files: Mapping[str, bytes | str]) -> None:
+    """Make a folder with these files, all of them or nothing.
+
+    Raises:
+        TrainingStoppedError: if it exists already, or cannot be written.
+    """
+    if folder.exists():
+        raise TrainingStoppedError(f"'{folder}' exists already and is never overwritten.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder.parent))
+    except OSError as error:
+        raise TrainingStoppedError(_why_not_written(folder, error)) from error
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes folders that only their owner may read
+        for name, content in files.items():
+            write_atomic(temporary / name, content)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        raise TrainingStoppedError(_why_not_written(folder, error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear away what killed processes left behind in a folder."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def serialize(value: Any) -> bytes:
+    """What ``torch.save`` would write, which ``torch.load(weights_only=True)`` reads."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is durable only once its folder is.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _why_not_written(path: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"The disk is full: '{path}' was not written, and what was saved before is untouched; "
+            "free some space and resume with --ckpt_path last."
+        )
+    return f"'{path}' could not be written ({error.strerror}); what was saved before is untouched."

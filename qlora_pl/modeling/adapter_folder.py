@@ -1,0 +1,184 @@
+"""The adapter folder: the only thing that passes from training to later commands.
+
+A plain PEFT folder, which any PEFT program loads, with a manifest that says what PEFT does not: which
+base by content, in which quantisation, under which template, and the SHA-256 of every file.
+
+    adapter_model.safetensors  adapter_config.json       what PEFT reads
+    tokenizer.json ...                                   what turns text into its tokens
+    manifest.json              run.yaml  README.md       what it is, how it was made, for people
+    held_out.safetensors                                 encoded validation rows to score with
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qlora_pl.errors import AdapterFolderError
+from qlora_pl.files import sha256_bytes, sha256_file, write_folder_atomic
+from qlora_pl.modeling.adapters import adapter_tensors
+
+MANIFEST_FORMAT = 1
+WEIGHTS = "adapter_model.safetensors"
+HELD_OUT = "held_out.safetensors"
+HELD_OUT_ROWS = 64
+"""Validation rows that travel with an adapter, so that later commands can say what they changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterManifest:
+    """What an adapter belongs to; ``manifest.json``."""
+
+    base: dict[str, Any]
+    """``name``, ``revision``, and the fingerprints ``weights`` and ``config``."""
+    quantization: dict[str, Any]
+    """The quantisation it was trained over, in this project's words."""
+    quantization_config: dict[str, Any] | None
+    """The same as keyword arguments of transformers' ``BitsAndBytesConfig``; None: not quantised."""
+    lora: dict[str, Any]
+    template: str
+    """The name of the template that rendered its training rows."""
+    stop_token_ids: list[int]
+    max_length: int
+    step: int
+    """Optimizer steps it was trained for."""
+    data: dict[str, Any]
+    """``train_rows`` (fingerprint), ``num_train_rows`` and so on."""
+    versions: dict[str, str]
+    format: int = MANIFEST_FORMAT
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of every other file of the folder."""
+
+
+def write_adapter_folder(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    manifest: AdapterManifest,
+    run_yaml: str,
+    held_out: Mapping[str, np.ndarray] | None,
+) -> dict[str, Tensor]:
+    """Write a folder, whole or not at all.
+
+    Args:
+        folder: Must not exist yet.
+        model: The PEFT model.
+        tokenizer: Saved beside it.
+        manifest: What it is; the digests are filled in here.
+        run_yaml: The configuration that trained it.
+        held_out: Arrays of encoded rows, or None.
+
+    Returns:
+        The tensors that were handed over, on the CPU, for comparison with what is read back.
+    """
+    from safetensors.torch import save
+
+    tensors = adapter_tensors(model)
+    files: dict[str, bytes | str] = {WEIGHTS: save(tensors, metadata={"format": "pt"})}
+    files |= _small_files(model, tokenizer, manifest)
+    files["run.yaml"] = run_yaml
+    files["README.md"] = model_card(manifest)
+    if held_out is not None:
+        files[HELD_OUT] = save({name: torch.from_numpy(a) for name, a in held_out.items()})
+    digests = {
+        name: sha256_bytes(content.encode() if isinstance(content, str) else content)
+        for name, content in sorted(files.items())
+    }
+    files["manifest.json"] = json.dumps(asdict(manifest) | {"files": digests}, indent=2) + "\n"
+    write_folder_atomic(folder, files)
+    return tensors
+
+
+def _small_files(model: Any, tokenizer: Any, manifest: AdapterManifest) -> dict[str, bytes]:
+    """What PEFT and the tokenizer write by themselves, read back from a temporary folder."""
+    peft_config = model.peft_config["default"]
+    was = (peft_config.base_model_name_or_path, peft_config.inference_mode)
+    peft_config.base_model_name_or_path = manifest.base["name"]  # not the folder of packed weights
+    peft_config.revision = manifest.base["revision"]
+    peft_config.inference_mode = True
+    with tempfile.TemporaryDirectory() as temporary:
+        peft_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        peft_config.base_model_name_or_path, peft_config.inference_mode = was
+        return {path.name: path.read_bytes() for path in sorted(Path(temporary).iterdir())}
+
+
+def read_adapter_folder(folder: Path) -> AdapterManifest:
+    """Read a folder's manifest and check every file against it.
+
+    Raises:
+        AdapterFolderError: naming the file that is missing or altered.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise AdapterFolderError(
+            f"'{folder}' is not an adapter folder of qlora_pl: it has no manifest.json."
+        )
+    try:
+        manifest = AdapterManifest(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise AdapterFolderError(f"'{path}' cannot be read ({error}).") from error
+    for name, digest in manifest.files.items():
+        if not (folder / name).is_file():
+            raise AdapterFolderError(f"'{folder}' lacks {name}, which its manifest names.")
+        if sha256_file(folder / name) != digest:
+            raise AdapterFolderError(f"'{folder / name}' was altered since it was written.")
+    return manifest
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors as they lie on disk."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / WEIGHTS)
+
+
+def model_card(manifest: AdapterManifest) -> str:
+    """README.md of an adapter folder, as model hubs show it."""
+    base = manifest.base["name"]
+    lora = manifest.lora
+    quantization = manifest.quantization_config
+    loading = (
+        f"    base = AutoModelForCausalLM.from_pretrained({base!r}, dtype=\"auto\")\n"
+        if quantization is None
+        else (
+            f"    quantization = BitsAndBytesConfig(**manifest[\"quantization_config\"])\n"
+            f"    base = AutoModelForCausalLM.from_pretrained(\n"
+            f"        {base!r}, quantization_config=quantization, device_map={{\"\": 0}}\n    )\n"
+        )
+    )
+    return f"""---
+base_model: {base}
+library_name: peft
+tags: [lora, qlora, qlora-pl]
+---
+
+# LoRA adapter for {base}
+
+Trained for {manifest.step:,} optimizer steps on {manifest.data.get("num_train_rows", 0):,} rows, over
+the base in {manifest.quantization["quant_type"]}{
+        " with double quantisation"
+        if quantization and manifest.quantization["double_quant"]
+        else ""
+    }.
+Rank {lora["r"]}, alpha {lora["alpha"]:g}, dropout {lora["dropout"]:g}; prompt template
+`{manifest.template}`. `run.yaml` is the whole configuration; `manifest.json` holds the fingerprint of
+the base and the digest of every file here.
+
+    import json
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    folder = "."
+    manifest = json.load(open(f"{{folder}}/manifest.json"))
+{loading}    model = PeftModel.from_pretrained(base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+"""

@@ -1,0 +1,125 @@
+"""Prompts -> answers: how a model is asked during a run (samples) and by ``predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_pl.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 256
+    """Tokens of an answer at most (the original's default)."""
+    do_sample: bool = False
+    """False: the likeliest token each time; temperature, top_p and top_k then have no effect."""
+    temperature: float = 1.0
+    """Divides the logits before sampling; the paper's evaluations used 0.7."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this share; the paper's evaluations used 0.9."""
+    top_k: int = 0
+    """Sample from so many likeliest tokens; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that were there already; 1.0: none."""
+
+    def __post_init__(self) -> None:
+        checks = [
+            (
+                self.max_new_tokens >= 1,
+                f"max_new_tokens: must be at least 1, got {self.max_new_tokens}",
+            ),
+            (self.temperature > 0, f"temperature: must be above 0, got {self.temperature}"),
+            (0 < self.top_p <= 1, f"top_p: must lie above 0, up to 1, got {self.top_p}"),
+            (self.top_k >= 0, f"top_k: must be 0 or more, got {self.top_k}"),
+            (
+                self.repetition_penalty > 0,
+                f"repetition_penalty: must be above 0, got {self.repetition_penalty}",
+            ),
+            (
+                self.do_sample or (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0),
+                "temperature, top_p and top_k have no effect with do_sample: false; set it to true",
+            ),
+        ]
+        if problems := [f"decoding.{sentence}." for holds, sentence in checks if not holds]:
+            raise ConfigurationError(problems)
+
+    def for_transformers(self) -> dict[str, Any]:
+        """The same as keyword arguments of ``generate``."""
+        arguments: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.do_sample,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        if self.do_sample:
+            arguments |= {
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": self.top_k or None,
+            }
+        return arguments
+
+
+def generate_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    stop_ids: Collection[int],
+    config: DecodingConfig,
+) -> list[str]:
+    """Answer left-padded prompts; modes and random states are as before afterwards.
+
+    Args:
+        model: A causal LM, with or without adapters.
+        tokenizer: Its tokenizer.
+        input_ids: ``(B, T)``, padded on the left.
+        attention_mask: ``(B, T)``.
+        stop_ids: Tokens that end an answer; they are not part of the returned text.
+        config: How to draw.
+    """
+    from transformers import GenerationConfig  # slow to import
+
+    # A fresh configuration: the folder's own generation_config.json may sample.
+    generation = GenerationConfig(
+        **config.for_transformers(),
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    with evaluation_mode(model), torch.no_grad():
+        output = model.generate(  # type: ignore[operator]
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=generation
+        )
+    answers = output[:, input_ids.shape[1] :].tolist()
+    return [tokenizer.decode(_until_stop(ids, stop_ids)).strip() for ids in answers]
+
+
+def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and random states of their own, within the block.
+
+    Every module's mode is put back: setting the root to training would wake dropout that somebody
+    had silenced.
+    """
+    modes = {module: module.training for module in model.modules()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,218 @@
+"""Which base this is: a fingerprint of its content, since a name is only a hint.
+
+Two folders with the same tensors and the same configuration are the same base, however they are
+called and sharded; a conversion of the same model is another. Adapters, caches and checkpoints
+carry the fingerprint, and everything that joins them to a base compares it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_pl.errors import ConfigurationError
+from qlora_pl.files import sha256_file, write_json
+
+# Keys of config.json that say who wrote the file rather than what the model computes.
+VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+HASH_THREADS = 4
+"""hashlib releases the interpreter lock; four threads keep one fast disk busy."""
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """A base model on disk and what it is."""
+
+    name: str
+    """As the user wrote it."""
+    folder: Path
+    """Where its files lie on this machine."""
+    weights: str
+    """SHA-256 over every tensor's name, type, shape and bytes."""
+    config: str
+    """SHA-256 over what config.json says about the computation."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Both in one."""
+        return hashlib.sha256(f"{self.weights}{self.config}".encode()).hexdigest()
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """Where this project keeps what can be made again: 4-bit weights, fingerprints.
+
+    ``cache_dir`` if given, else the environment's ``QLORA_PL_CACHE``, else ``~/.cache/qlora_pl``.
+    """
+    chosen = cache_dir or os.environ.get("QLORA_PL_CACHE") or "~/.cache/qlora_pl"
+    return Path(chosen).expanduser()
+
+
+def identify_base(name: str, revision: str | None, cache_dir: str | None) -> BaseIdentity:
+    """Find a base (downloading it if it is a Hub name) and fingerprint it.
+
+    Raises:
+        ConfigurationError: if it is not a model folder and not on the Hub.
+    """
+    folder = locate_base(name, revision, cache_dir)
+    files = weight_files(folder)
+    known = cache_root(cache_dir) / "fingerprints"
+    digests: dict[str, str] = {}
+    for path in files:
+        digests |= _tensor_digests(path, known)
+    weights = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+    return BaseIdentity(name, folder, weights, _config_digest(folder / "config.json"))
+
+
+def locate_base(name: str, revision: str | None, cache_dir: str | None) -> Path:
+    """The folder of a base: the one named, or the Hub's snapshot.
+
+    Raises:
+        ConfigurationError: naming what is missing.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigurationError(
+                f"model.model_name_or_path: '{name}' is not a model folder; it has no config.json."
+            )
+        return folder
+    if folder.exists():
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{name}' is a file; name the folder that holds it."
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigurationError(f"model.model_name_or_path: no folder '{name}'.")
+    return _snapshot(name, revision, cache_dir)
+
+
+def _snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+            )
+        )
+    except Exception as error:  # the client raises a dozen unrelated types
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{name}' is neither a folder here nor a model that could be "
+            f"fetched from the Hub ({type(error).__name__})."
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order of their names.
+
+    Raises:
+        ConfigurationError: if there is none; pickled weights are refused, since loading one runs
+            whatever code it holds.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+        if missing := [path.name for path in files if not path.is_file()]:
+            raise ConfigurationError(
+                f"model.model_name_or_path: '{folder}' lacks {', '.join(missing)}, which its index "
+                "names; fetch it again."
+            )
+        return files
+    if files := sorted(folder.glob("*.safetensors")):
+        return files
+    pickled = sorted(folder.glob("*.bin"))
+    hint = (
+        "its weights are pickled (.bin); convert them once with transformers' save_pretrained"
+        if pickled
+        else "it has no .safetensors file"
+    )
+    raise ConfigurationError(f"model.model_name_or_path: '{folder}' cannot be loaded: {hint}.")
+
+
+def _config_digest(path: Path) -> str:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigurationError(f"model.model_name_or_path: '{path}' is not JSON.") from error
+    lasting = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+
+
+def _tensor_digests(path: Path, known: Path) -> dict[str, str]:
+    """Digest of each tensor; remembered by path, size and modification time of the file."""
+    status = path.stat()
+    signature = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    memory = known / f"{hashlib.sha256(signature.encode()).hexdigest()[:32]}.json"
+    if memory.is_file():
+        remembered: dict[str, str] = json.loads(memory.read_text())
+        return remembered
+    digests = dict(_hash_tensors(path))
+    write_json(memory, digests)
+    return digests
+
+
+def _hash_tensors(path: Path) -> Iterator[tuple[str, str]]:
+    from tqdm.auto import tqdm
+
+    header, offset = safetensors_header(path)
+    names = [name for name in header if name != "__metadata__"]
+
+    def digest(name: str) -> str:
+        entry = header[name]
+        begin, end = entry["data_offsets"]
+        content = hashlib.sha256(f"{entry['dtype']}{entry['shape']}".encode())
+        with path.open("rb") as file:
+            file.seek(offset + begin)
+            remaining = end - begin
+            while remaining:
+                chunk = file.read(min(remaining, 1 << 24))
+                content.update(chunk)
+                remaining -= len(chunk)
+        return content.hexdigest()
+
+    is_large = path.stat().st_size > 1 << 30
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        bar = tqdm(names, f"Fingerprint of {path.name}", disable=not is_large, unit="tensor")
+        yield from zip(names, threads.map(digest, bar), strict=True)
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's table of tensors, and the byte at which their data begin.
+
+    Raises:
+        ConfigurationError: if the file is cut short or something else.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length)) if length < size else {}
+        except ValueError:
+            header = {}
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if not ends or 8 + length + max(ends) != size:
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{path}' is damaged or incomplete; fetch it again."
+        )
+    return header, 8 + length
+
+
+def file_digest(path: Path, known: Path) -> str:
+    """SHA-256 of a file, remembered like a tensor's (a 65B's packed weights are 35 GB)."""
+    status = path.stat()
+    signature = f"file|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    memory = known / f"{hashlib.sha256(signature.encode()).hexdigest()[:32]}.json"
+    if memory.is_file():
+        return str(json.loads(memory.read_text())["sha256"])
+    digest = sha256_file(path)
+    write_json(memory, {"sha256": digest})
+    return digest

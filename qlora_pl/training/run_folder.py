@@ -1,0 +1,211 @@
+"""Where a run writes, and which checkpoint ``--ckpt_path last`` and ``auto`` mean.
+
+    runs/<name>/version_<N>/          one folder a training run, never used by another
+        run.yaml  metrics.csv  metrics.json  events.out.tfevents.*
+        checkpoints/step-00000010.ckpt (+ .sha256)   to resume
+        adapters/step-00000010/                      to use, one for each checkpoint
+        adapter/                                     the finished run's
+    runs/<name>/validate_<N>/         likewise for the commands that do not train
+
+A run that resumes continues in its own folder. Lightning would make a new one, find no checkpoint
+there and begin at step 0 with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_pl.errors import CheckpointError, ConfigurationError
+from qlora_pl.files import sha256_file
+
+FOLDER_VARIABLE = "QLORA_PL_RUN_FOLDER"
+"""Hands the folder that the first process made to the processes that Lightning starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run's folder lies."""
+
+    name: str | None = None
+    """The experiment; None: the configuration file's name, else the base's."""
+    root: str = "runs"
+    """The folder of all experiments."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+            raise ConfigurationError(
+                f"run.name: '{self.name}' becomes a folder; use letters, digits, '.', '_' and '-'."
+            )
+
+    @property
+    def experiment(self) -> Path:
+        """The folder of all runs of this experiment."""
+        return Path(self.root).expanduser() / str(self.name)
+
+
+def new_folder(config: RunConfig, command: str) -> Path:
+    """Make the next folder of an experiment; two processes never get the same one."""
+    prefix = "version" if command == "fit" else command
+    try:
+        config.experiment.mkdir(parents=True, exist_ok=True)
+        taken = [number for number, _ in _numbered(config.experiment, prefix)]
+        number = max(taken, default=-1) + 1
+        while True:
+            folder = config.experiment / f"{prefix}_{number}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return folder
+    except OSError as error:
+        raise ConfigurationError(
+            f"run.root: no folder could be made in '{config.root}' ({error.strerror})."
+        ) from error
+
+
+def _numbered(experiment: Path, prefix: str) -> Iterator[tuple[int, Path]]:
+    for path in experiment.glob(f"{prefix}_*"):
+        number = path.name.removeprefix(f"{prefix}_")
+        if path.is_dir() and number.isdigit():
+            yield int(number), path
+
+
+def runs_newest_first(config: RunConfig) -> list[Path]:
+    """The training runs of an experiment."""
+    return [path for _, path in sorted(_numbered(config.experiment, "version"), reverse=True)]
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """The checkpoint of a run at an optimizer step."""
+    return run / "checkpoints" / f"step-{step:08d}.ckpt"
+
+
+def adapter_path(run: Path, step: int) -> Path:
+    """The adapter folder of a run at an optimizer step."""
+    return run / "adapters" / f"step-{step:08d}"
+
+
+def digest_path(checkpoint: Path) -> Path:
+    """The file beside a checkpoint that ``sha256sum -c`` reads."""
+    return checkpoint.with_name(checkpoint.name + ".sha256")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name, or -1."""
+    found = re.fullmatch(r"step-(\d+)\.ckpt", checkpoint.name)
+    return int(found[1]) if found else -1
+
+
+def verifies(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there and is, byte for byte, what was written."""
+    record = digest_path(checkpoint)
+    if not checkpoint.is_file() or not record.is_file():
+        return False
+    return record.read_text().split()[:1] == [sha256_file(checkpoint)]
+
+
+def checkpoints_newest_first(run: Path) -> list[Path]:
+    """All checkpoints of a run, verified or not."""
+    found = (run / "checkpoints").glob("step-*.ckpt")
+    return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
+
+
+def newest_verified(run: Path) -> Path | None:
+    """The newest checkpoint of a run that verifies."""
+    return next((path for path in checkpoints_newest_first(run) if verifies(path)), None)
+
+
+def is_complete(run: Path) -> bool:
+    """Whether a run reached its end, which ``metrics.json`` says."""
+    try:
+        return bool(json.loads((run / "metrics.json").read_text())["is_complete"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run's folder, and the checkpoint that it starts from."""
+
+    folder: Path
+    checkpoint: Path | None
+    is_resumed: bool
+    """Whether the folder is that of the run which wrote the checkpoint."""
+
+
+def resolve_run(config: RunConfig, command: str, ckpt_path: str | None) -> Resolved:
+    """Choose the folder of a run and the checkpoint that ``ckpt_path`` means.
+
+    Args:
+        config: Name and root of the experiment.
+        command: ``fit``, ``validate``, ``test`` or ``predict``; only ``fit`` continues a folder.
+        ckpt_path: ``last``: the newest run of the experiment with a checkpoint that verifies.
+            ``auto``: its newest unfinished run, or a new one. ``best``: the best checkpoint of the
+            newest run. Else a path; None: none.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or it is damaged.
+    """
+    handed_over = os.environ.get(FOLDER_VARIABLE)
+    checkpoint = find_checkpoint(config, ckpt_path)
+    if checkpoint is None or command != "fit":
+        folder = Path(handed_over) if handed_over else new_folder(config, command)
+        return Resolved(folder, checkpoint, is_resumed=False)
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name == "checkpoints" and newest_verified(run) == checkpoint:
+        return Resolved(run, checkpoint, is_resumed=True)
+    # An older checkpoint branches off: its folder holds what came after, which stays as it is.
+    folder = Path(handed_over) if handed_over else new_folder(config, command)
+    return Resolved(folder, checkpoint, is_resumed=False)
+
+
+def find_checkpoint(config: RunConfig, ckpt_path: str | None) -> Path | None:
+    """The verified checkpoint that ``ckpt_path`` means; see ``resolve_run``."""
+    if ckpt_path is None:
+        return None
+    runs = runs_newest_first(config)
+    if ckpt_path == "auto":
+        unfinished = runs[:1] if runs and not is_complete(runs[0]) else []
+        return next((found for run in unfinished if (found := newest_verified(run))), None)
+    if ckpt_path == "last":
+        found = next((found for run in runs if (found := newest_verified(run))), None)
+        if found is None:
+            raise CheckpointError(
+                f"--ckpt_path last: no run in '{config.experiment}' has a checkpoint that verifies; "
+                "start without --ckpt_path."
+            )
+        return found
+    if ckpt_path == "best":
+        return _best(config, runs)
+    path = Path(ckpt_path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"--ckpt_path: no file '{ckpt_path}' (or last, auto, best).")
+    if not verifies(path):
+        raise CheckpointError(
+            f"--ckpt_path: '{ckpt_path}' is damaged (its SHA-256 differs from {digest_path(path).name}, "
+            "or that file is missing); use another checkpoint."
+        )
+    return path.resolve()
+
+
+def _best(config: RunConfig, runs: list[Path]) -> Path:
+    for run in runs:
+        try:
+            step = json.loads((run / "checkpoints" / "kept.json").read_text())["best_step"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if step is not None and verifies(found := checkpoint_path(run, step)):
+            return found.resolve()
+    raise CheckpointError(
+        f"--ckpt_path best: no run in '{config.experiment}' has a best checkpoint; it needs "
+        "validation rows and checkpoint.monitor."
+    )
