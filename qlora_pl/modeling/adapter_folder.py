@@ -147,12 +147,12 @@ def model_card(manifest: AdapterManifest) -> str:
     lora = manifest.lora
     quantization = manifest.quantization_config
     loading = (
-        f"    base = AutoModelForCausalLM.from_pretrained({base!r}, dtype=\"auto\")\n"
+        f'    base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")\n'
         if quantization is None
         else (
-            f"    quantization = BitsAndBytesConfig(**manifest[\"quantization_config\"])\n"
+            f'    quantization = BitsAndBytesConfig(**manifest["quantization_config"])\n'
             f"    base = AutoModelForCausalLM.from_pretrained(\n"
-            f"        {base!r}, quantization_config=quantization, device_map={{\"\": 0}}\n    )\n"
+            f'        {base!r}, quantization_config=quantization, device_map={{"": 0}}\n    )\n'
         )
     )
     return f"""---
@@ -163,14 +163,17 @@ tags: [lora, qlora, qlora-pl]
 
 # LoRA adapter for {base}
 
-Trained for {manifest.step:,} optimizer steps on {manifest.data.get("num_train_rows", 0):,} rows, over
+Trained for {manifest.step:,} optimizer steps on {
+        manifest.data.get("num_train_rows", 0):,} rows, over
 the base in {manifest.quantization["quant_type"]}{
         " with double quantisation"
         if quantization and manifest.quantization["double_quant"]
         else ""
     }.
 Rank {lora["r"]}, alpha {lora["alpha"]:g}, dropout {lora["dropout"]:g}; prompt template
-`{manifest.template}`. `run.yaml` is the whole configuration; `manifest.json` holds the fingerprint of
+`{
+        manifest.template
+    }`. `run.yaml` is the whole configuration; `manifest.json` holds the fingerprint of
 the base and the digest of every file here.
 
     import json

@@ -86,9 +86,15 @@ def locate_base(name: str, revision: str | None, cache_dir: str | None) -> Path:
         raise ConfigurationError(
             f"model.model_name_or_path: '{name}' is a file; name the folder that holds it."
         )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not is_hub_name(name):
         raise ConfigurationError(f"model.model_name_or_path: no folder '{name}'.")
     return _snapshot(name, revision, cache_dir)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is not a folder here can be one on the Hub (``owner/model``)."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return not is_path and not Path(name).expanduser().exists()
 
 
 def _snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path:

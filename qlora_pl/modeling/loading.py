@@ -137,7 +137,7 @@ def load_base(
         ConfigurationError: if a matrix is missing, or was not quantised as planned.
     """
     dtype = resolve_compute_dtype(config.compute_dtype, device)
-    packed = packed_folder(identity, config, dtype, cache_dir)
+    packed = packed_folder(identity, config, dtype, device, cache_dir)
     keep_copy = config.is_quantized and config.cache
     is_from_cache = keep_copy and verify_packed(packed, cache_dir)
     arguments = {
@@ -153,6 +153,8 @@ def load_base(
             arguments["quantization_config"] = bitsandbytes_config(config, dtype, plan)
         model = _from_pretrained(identity.folder, arguments)
     account_for(model, plan, config)
+    if device.type == "cpu":
+        refuse_misread_widths(model, plan)
     if keep_copy and not is_from_cache:
         _write_packed(model, packed, cache_dir)
     keep_gradients_on_cpu(model)
@@ -221,6 +223,30 @@ def account_for(model: nn.Module, plan: QuantizationPlan, config: QuantizationCo
         )
 
 
+def refuse_misread_widths(model: nn.Module, plan: QuantizationPlan) -> None:
+    """Refuse matrices that bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512.
+
+    Where rows are a multiple of 16 wide but not of 64, its kernel counts the blocks of every row
+    from the row's start, so that most weights get a neighbour's scale: outputs are off by 2 %.
+
+    Raises:
+        HardwareError: naming the first of them.
+    """
+    misread = [
+        (name, state.shape[-1])
+        for name in plan.quantized
+        if (state := model.get_parameter(name).quant_state).shape[-1] % 64
+        and state.shape[-1] % 16 == 0
+    ]
+    if misread:
+        name, width = misread[0]
+        raise HardwareError(
+            f"model.quantization: '{name}' has {width} inputs, no multiple of 64, which bitsandbytes "
+            f"decodes wrongly on CPUs ({len(misread)} such matrices); use a GPU, or list them in "
+            "model.quantization.skip_modules."
+        )
+
+
 def keep_gradients_on_cpu(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking weights for inference on CPUs with AVX512-BF16.
 
@@ -254,15 +280,24 @@ def prepare_for_training(model: nn.Module, gradient_checkpointing: bool) -> None
 
 
 def packed_folder(
-    identity: BaseIdentity, config: QuantizationConfig, dtype: torch.dtype, cache_dir: str | None
+    identity: BaseIdentity,
+    config: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_dir: str | None,
 ) -> Path:
-    """Where the packed copy of a base under a quantisation lies; its name says all it depends on."""
+    """Where the packed copy of a base under a quantisation lies; its name says all it depends on.
+
+    The kind of device is part of it: bitsandbytes rounds the 8-bit constants on a grid on CPUs (0.2
+    % of them come out one code off), and breaks FP4's ties differently.
+    """
     parts = [
         identity.fingerprint[:20],
         config.quant_type,
         "dq" if config.double_quant else "plain",
         config.storage_dtype,
         str(dtype).split(".")[-1],
+        device.type,
         f"v{CACHE_FORMAT}",
         *sorted(config.skip_modules),
     ]

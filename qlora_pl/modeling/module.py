@@ -8,10 +8,11 @@ holds nothing of the base.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
-from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.errors import CheckpointError, ConfigurationError
+from qlora_pl.batch import FILLER_ROW, Batch, PromptBatch
+from qlora_pl.errors import CheckpointError, ConfigurationError, TrainingStoppedError
 from qlora_pl.modeling.adapters import (
     LoRAConfig,
     attach_adapters,
@@ -40,13 +41,15 @@ from qlora_pl.modeling.loading import (
     prepare_for_training,
 )
 from qlora_pl.modeling.loss import LossSum, Normalization, causal_lm_loss
+from qlora_pl.modeling.optimizer_state import (
+    named_optimizer_state,
+    optimizer_state_from_names,
+)
 from qlora_pl.modeling.optimizers import (
     OptimizerConfig,
     ScheduleConfig,
     build_optimizer,
     build_schedule,
-    named_optimizer_state,
-    optimizer_state_from_names,
 )
 from qlora_pl.modeling.quantization import QuantizationConfig
 
@@ -59,6 +62,38 @@ LARGE_BASE = 13.5e9  # weights; "13B" models have 13.0e9
 LARGE_BASE_LR = 1.0e-4  # the paper's rate above 13B (table 9)
 
 
+class MicroBatch(NamedTuple):
+    """What is remembered of a micro-batch until its step ends."""
+
+    loss: LossSum
+    lengths: Tensor
+    """``(B,)`` tokens of each row."""
+    row_ids: Tensor
+    num_padded_tokens: int
+
+    @classmethod
+    def of(cls, loss: LossSum, batch: Batch) -> MicroBatch:
+        """Without the graph, and without what the batch holds besides."""
+        lengths = batch["attention_mask"].sum(dim=1)
+        lengths = lengths * (batch["row_ids"] != FILLER_ROW)
+        detached = loss._replace(total=loss.total.detach())
+        return cls(detached, lengths, batch["row_ids"], batch["attention_mask"].numel())
+
+    def sums(self) -> Tensor:
+        """``(7,)`` float64, on the device: no copy to the host until the step ends."""
+        lengths = self.lengths.double()
+        parts = (
+            self.loss.weight,
+            self.loss.token_sum,
+            self.loss.num_tokens,
+            lengths.sum(),
+            lengths.new_tensor(self.num_padded_tokens),
+            lengths.square().sum(),
+            (self.row_ids != FILLER_ROW).sum(),
+        )
+        return torch.stack([part.double() for part in parts])
+
+
 @dataclass(frozen=True)
 class StepStatistics:
     """What one optimizer step was made of, over all micro-batches and devices."""
@@ -67,11 +102,15 @@ class StepStatistics:
     """Nats per trained token."""
     grad_norm: float
     """Norm of all gradients, before clipping."""
+    learning_rate: float
+    """Of the first parameter group, in this step."""
     num_trained_tokens: int
     num_tokens: int
     """Tokens without padding."""
     num_padded_tokens: int
     """Tokens with padding: what the model computed."""
+    num_token_pairs: int
+    """Sum of the squared row lengths, for counting the operations of attention."""
     num_rows: int
     row_ids: tuple[int, ...]
     """This device's rows of the step."""
@@ -130,7 +169,8 @@ class QLoRAModule(LightningModule):
         self.base: LoadedBase | None = None
         self.identity: BaseIdentity | None = None
         self.last_step: StepStatistics | None = None
-        self._micro_batches: list[tuple[LossSum, Tensor, Tensor]] = []
+        self.last_evaluation: dict[str, float] = {}
+        self._micro_batches: list[MicroBatch] = []
         self._resumed: dict[str, Any] | None = None
         self._val_nats, self._val_tokens = SumMetric(), SumMetric()
         for metric in (self._val_nats, self._val_tokens):
@@ -213,6 +253,11 @@ class QLoRAModule(LightningModule):
             lines.append(f"kept in 16 bits as asked: {', '.join(listed)}")
         return "\n".join(lines)
 
+    def on_train_start(self) -> None:
+        """Begin dropout where the seed says, whatever happened while loading and sampling."""
+        if self.trainer.ckpt_path is None and "PL_GLOBAL_SEED" in os.environ:
+            torch.manual_seed(int(os.environ["PL_GLOBAL_SEED"]))
+
     # -- steps -----------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -221,46 +266,85 @@ class QLoRAModule(LightningModule):
         Lightning divides by the accumulation in any case, hence the factor.
         """
         loss = causal_lm_loss(self._adapted, batch, self.normalize_loss_by)
-        detached = loss._replace(total=loss.total.detach())
-        self._micro_batches.append((detached, batch["attention_mask"], batch["row_ids"]))
+        self._micro_batches.append(MicroBatch.of(loss, batch))
         return loss.total * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn gradients of sums into gradients of the step's mean; runs before clipping."""
-        losses = [loss for loss, _, _ in self._micro_batches]
-        sums = torch.stack(
-            [
-                torch.stack([loss.weight for loss in losses]).sum().double(),
-                torch.stack([loss.token_sum for loss in losses]).sum().double(),
-                torch.stack([loss.num_tokens for loss in losses]).sum().double(),
-                torch.stack([mask.sum() for _, mask, _ in self._micro_batches]).sum().double(),
-                torch.tensor(
-                    sum(mask.numel() for _, mask, _ in self._micro_batches),
-                    dtype=torch.float64,
-                    device=self.device,
-                ),
-                torch.stack([(rows >= 0).sum() for _, _, rows in self._micro_batches])
-                .sum()
-                .double(),
-            ]
-        )
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        weight, nats, num_trained, num_tokens, num_padded, num_rows = sums.tolist()
+        sums = self._sum_over_step()
         # Strategies average gradients over devices; the sum is the average times their number.
-        factor = self.trainer.world_size / max(weight, 1.0)
-        gradients = [p.grad for p in self.trained_tensors().values() if p.grad is not None]
+        factor = self.trainer.world_size / max(sums["weight"], 1.0)
+        trained = self.trained_tensors()
+        gradients = [p.grad for p in trained.values() if p.grad is not None]
         torch._foreach_mul_(gradients, factor)
         self.last_step = StepStatistics(
-            loss=nats / max(num_trained, 1.0),
+            loss=sums["nats"] / max(sums["trained_tokens"], 1.0),
             grad_norm=float(torch.nn.utils.get_total_norm(gradients)),
-            num_trained_tokens=int(num_trained),
-            num_tokens=int(num_tokens),
-            num_padded_tokens=int(num_padded),
-            num_rows=int(num_rows),
-            row_ids=tuple(row for _, _, rows in self._micro_batches for row in rows.tolist()),
+            learning_rate=optimizer.param_groups[0]["lr"],
+            num_trained_tokens=int(sums["trained_tokens"]),
+            num_tokens=int(sums["tokens"]),
+            num_padded_tokens=int(sums["padded_tokens"]),
+            num_token_pairs=int(sums["token_pairs"]),
+            num_rows=int(sums["rows"]),
+            row_ids=tuple(i for batch in self._micro_batches for i in batch.row_ids.tolist()),
         )
+        if self.trainer.global_step == 0:
+            self._check_every_adapter_learns(trained)
+        self._stop_if_diverged(self.last_step)
         self._micro_batches.clear()
+
+    def _sum_over_step(self) -> dict[str, float]:
+        """Sums over this step's micro-batches and all devices, in one exchange."""
+        names = (
+            "weight",
+            "nats",
+            "trained_tokens",
+            "tokens",
+            "padded_tokens",
+            "token_pairs",
+            "rows",
+        )
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        for micro_batch in self._micro_batches:
+            sums += micro_batch.sums()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def _check_every_adapter_learns(self, trained: Mapping[str, nn.Parameter]) -> None:
+        silent = [
+            name
+            for name, parameter in trained.items()
+            if "lora_B" in name and (parameter.grad is None or not parameter.grad.any())
+        ]
+        if silent:
+            raise TrainingStoppedError(
+                f"Step 1: {len(silent)} adapters received no gradient ('{silent[0]}' is one), so "
+                "they would never learn; leave them out of model.lora.target_modules."
+            )
+
+    def _stop_if_diverged(self, step: StepStatistics) -> None:
+        if step.num_trained_tokens and step.loss == 0.0:
+            problem = "the loss is exactly 0"
+        elif not math.isfinite(step.loss):
+            problem = f"the loss is {step.loss}"
+        elif not math.isfinite(step.grad_norm):
+            problem = f"the gradient's norm is {step.grad_norm}"
+        else:
+            return
+        bad = [m for m in self._micro_batches if not m.loss.token_sum.isfinite()]
+        row_ids = [row for m in bad or self._micro_batches for row in m.row_ids.tolist()]
+        data = getattr(self.trainer, "datamodule", None)
+        rows = (
+            data.name_rows(row_ids[:8]) if data is not None else [f"row {i}" for i in row_ids[:8]]
+        )
+        more = f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else ""
+        saved = getattr(self.trainer.checkpoint_callback, "last_checkpoint", None)
+        raise TrainingStoppedError(
+            f"Step {self.trainer.global_step + 1}: {problem}, with {', '.join(rows)}{more}; nothing "
+            f"was updated, and the last good checkpoint is {saved or 'none yet'}. Lower "
+            "model.optimizer.lr, or look at these rows."
+        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch's token losses to the split's sum."""
@@ -284,6 +368,7 @@ class QLoRAModule(LightningModule):
         num_tokens = self._val_tokens.compute()
         loss = self._val_nats.compute() / num_tokens.clamp(min=1)
         values = {f"{split}/loss": loss.float(), f"{split}/perplexity": loss.exp().float()}
+        self.last_evaluation = {name: float(value) for name, value in values.items()}
         # Loggers get them from RunMetrics, by optimizer steps done; Lightning's step lags behind.
         self.log_dict(values, prog_bar=True, logger=False)
         self._val_nats.reset()

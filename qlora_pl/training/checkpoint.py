@@ -8,7 +8,6 @@ it holds Lightning's progress in one canonical form, from which a resumed run ta
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,9 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     ``torch.load`` reads a file with a flipped bit without a word.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         """Serialise to memory, then write digest and data; a checkpoint without one is not valid."""
         target = Path(path)
         data = serialize(checkpoint)
@@ -321,10 +322,6 @@ def _canonical_progress(fit_loop: dict[str, Any], boundary: Boundary) -> None:
         optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
         for progress in (*optimizer.values(), fit_loop["epoch_loop.scheduler_progress"]):
             progress["current"].update(dict.fromkeys(progress["current"], 0))
-    if FINISHED_VALIDATION := fit_loop.get("epoch_loop.val_loop.batch_progress"):
-        for scope in ("total", "current"):
-            FINISHED_VALIDATION[scope].update(dict.fromkeys(FINISHED_VALIDATION[scope], 0))
-
-
-__all__ = ["AdapterCheckpoint", "Boundary", "VerifiedCheckpointIO"]
-_ = os
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    for scope in ("total", "current"):
+        validation[scope].update(dict.fromkeys(validation[scope], 0))

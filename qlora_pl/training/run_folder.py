@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_pl.errors import CheckpointError, ConfigurationError
 from qlora_pl.files import sha256_file
@@ -155,7 +156,8 @@ def resolve_run(config: RunConfig, command: str, ckpt_path: str | None) -> Resol
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
     """
-    handed_over = os.environ.get(FOLDER_VARIABLE)
+    # Only a process that Lightning started has a local rank; the first one must make its own folder.
+    handed_over = os.environ.get(FOLDER_VARIABLE) if "LOCAL_RANK" in os.environ else None
     checkpoint = find_checkpoint(config, ckpt_path)
     if checkpoint is None or command != "fit":
         folder = Path(handed_over) if handed_over else new_folder(config, command)
@@ -166,6 +168,29 @@ def resolve_run(config: RunConfig, command: str, ckpt_path: str | None) -> Resol
     # An older checkpoint branches off: its folder holds what came after, which stays as it is.
     folder = Path(handed_over) if handed_over else new_folder(config, command)
     return Resolved(folder, checkpoint, is_resumed=False)
+
+
+def completed_run(config: RunConfig, ckpt_path: str | None, trainer: Any) -> Path | None:
+    """The run that ``last`` or a path would resume, if it has reached what this one asks for.
+
+    Args:
+        config: Name and root of the experiment.
+        ckpt_path: As in ``resolve_run``.
+        trainer: Holds this run's ``max_steps`` and ``max_epochs``; more of either goes on.
+    """
+    if ckpt_path in (None, "auto", "best"):
+        return None
+    checkpoint = find_checkpoint(config, ckpt_path)
+    if checkpoint is None or not is_complete(run := checkpoint.parent.parent):
+        return None
+    if newest_verified(run) != checkpoint:
+        return None
+    reached = json.loads((run / "metrics.json").read_text())
+    wants_steps = trainer.max_steps != -1 and trainer.max_steps > reached["step"]
+    limit = -1 if trainer.max_epochs is None else trainer.max_epochs
+    reached_epochs = -1 if reached["max_epochs"] is None else reached["max_epochs"]
+    wants_epochs = limit > reached_epochs != -1
+    return None if wants_steps or wants_epochs else run
 
 
 def find_checkpoint(config: RunConfig, ckpt_path: str | None) -> Path | None:

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from qlora_pl.errors import CheckpointError, ConfigurationError
+from qlora_pl.modeling.optimizer_state import (
+    named_optimizer_state,
+    optimizer_state_from_names,
+)
 from qlora_pl.modeling.optimizers import (
     OptimizerConfig,
     ScheduleConfig,
     build_optimizer,
     build_schedule,
-    named_optimizer_state,
     optimizer_state_bytes,
-    optimizer_state_from_names,
     parameter_groups,
 )
 

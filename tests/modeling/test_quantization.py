@@ -13,20 +13,22 @@ from torch import Tensor
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.quantization import (
-    DoubleQuantized,
     QuantizationConfig,
-    ReferenceQuantized,
     bits_per_weight,
+    packed_bytes,
+    resolve_compute_dtype,
+)
+from qlora_pl.modeling.reference_quantizer import (
+    DoubleQuantized,
+    ReferenceQuantized,
     dequantize_absmax,
     double_quantize,
     dynamic_codebook,
     fp4_codebook,
     nf4_codebook,
     pack_codes,
-    packed_bytes,
     quantize_4bit_reference,
     quantize_blockwise,
-    resolve_compute_dtype,
     unpack_codes,
 )
 

@@ -1,0 +1,82 @@
+"""The command table: ``qlora-pl COMMAND ...``.
+
+Imports only what the command needs, so that ``qlora-pl --help`` answers at once: torch alone takes
+longer to import than a person waits without wondering.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+
+from qlora_pl import __version__
+from qlora_pl.errors import QLoRAError
+
+TRAINER_COMMANDS = {
+    "fit": "Train LoRA adapters on a 4-bit base.",
+    "validate": "Loss and perplexity on the validation rows.",
+    "test": "Loss and perplexity on the test rows.",
+    "predict": "Answer the prompts of the validation rows, into predictions.jsonl.",
+}
+
+
+def help_text() -> str:
+    """What ``qlora-pl --help`` prints."""
+    width = max(map(len, TRAINER_COMMANDS)) + 2
+    commands = "\n".join(f"  {name:{width}}{text}" for name, text in TRAINER_COMMANDS.items())
+    return f"""usage: qlora-pl COMMAND [--config FILE] [--KEY VALUE ...]
+
+QLoRA fine-tuning in PyTorch Lightning {__version__}.
+
+commands:
+{commands}
+
+qlora-pl COMMAND --help         every key of a command, with its meaning and default
+qlora-pl COMMAND --print_config the same as a file that runs
+qlora-pl --version"""
+
+
+def main() -> int:
+    """Run the command in ``sys.argv``; a user's mistake is one sentence and exit code 2."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if command in ("-V", "--version"):
+        print(f"qlora-pl {__version__}")
+        return 0
+    if command not in TRAINER_COMMANDS:
+        close = difflib.get_close_matches(command, TRAINER_COMMANDS, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else f" ({', '.join(TRAINER_COMMANDS)})."
+        return fail(f"no command is called '{command}'{hint}")
+    try:
+        return run_trainer_command()
+    except QLoRAError as error:
+        fail(str(error))
+        return error.exit_code
+
+
+def run_trainer_command() -> int:
+    """Hand over to Lightning's command line."""
+    # bitsandbytes brings a second OpenMP runtime; two pools that spin on the same cores slow every
+    # step 5 to 30 times. Must be set before either is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers warn otherwise
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from qlora_pl.cli import QLoRACLI  # slow to import
+
+    QLoRACLI()  # no arguments: Lightning starts further processes with this one's
+    return 0
+
+
+def fail(sentences: str) -> int:
+    """Print what went wrong, a line a problem, and return the exit code of a user's mistake."""
+    for sentence in sentences.splitlines():
+        print(f"qlora-pl: {sentence}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

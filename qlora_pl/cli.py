@@ -1,0 +1,282 @@
+"""The one parser of a training run, and the way from a parsed run to a started one.
+
+Everything that can be found wrong without loading weights is found here, and reported together: all
+misspelt keys of all files and flags, then all impossible values.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse.typing import register_type
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from qlora_pl.data.datamodule import InstructionDataModule
+from qlora_pl.data.sources import RowSources
+from qlora_pl.errors import ConfigurationError, HardwareError
+from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.identity import is_hub_name, locate_base
+from qlora_pl.modeling.module import QLoRAModule
+from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
+from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.parsing import explain_parser_error, unknown_keys
+from qlora_pl.training.checkpoint import AdapterCheckpoint
+from qlora_pl.training.monitoring import RunMetrics
+from qlora_pl.training.predictions import PredictionWriter
+from qlora_pl.training.run_folder import (
+    FOLDER_VARIABLE,
+    Resolved,
+    RunConfig,
+    completed_run,
+    resolve_run,
+    step_of,
+)
+from qlora_pl.training.run_record import RunRecord
+from qlora_pl.training.samples import SampleWriter
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+register_type(
+    RowSources,
+    serializer=RowSources.plain,
+    deserializer=lambda value: RowSources.parse(value, allow_rows=False),
+    deserializer_exceptions=(ValueError, TypeError, AttributeError, ConfigurationError),
+)
+
+DEFAULT_EPOCHS = 3
+TRAINER_DEFAULTS = {
+    "precision": "32-true",  # types are set when the base is loaded, and by nothing else
+    "gradient_clip_val": 0.3,  # the paper's (table 9)
+    "accumulate_grad_batches": 4,  # with batch_size 4 the paper's 16 rows a step
+    "num_sanity_val_steps": -1,  # the whole validation split before training: the "before" figure
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the module's own counts logical weights
+    "use_distributed_sampler": False,  # the data module's order is a function of seed and step
+}
+
+
+class QLoRAParser(LightningArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing seventy lines of usage."""
+        raise ConfigurationError(explain_parser_error(message)) from ex
+
+
+class QLoRACLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` of a ``QLoRAModule``.
+
+    Args:
+        args: Words of the command line; None: those of this process.
+    """
+
+    resolved: Resolved
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            QLoRAModule,
+            InstructionDataModule,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # the optimizer is built after the model is loaded
+            save_config_callback=RunRecord,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=QLoRAParser,
+            parser_kwargs={"prog": "qlora-pl"},
+            load_from_checkpoint_support=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Without abbreviations: ``--model.lora.drop 0.1`` must not work by chance."""
+        return super().init_parser(**{**kwargs, "allow_abbrev": False})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Groups of their own, so that a YAML with ``trainer.callbacks`` does not lose them."""
+        parser.add_class_arguments(RunConfig, "run")
+        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SampleWriter, "samples")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Report every unknown key before parsing, which would stop at the first."""
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list) and words and words[0] in self._subcommand_parsers:
+            if problems := unknown_keys(self._subcommand_parsers[words[0]], words[1:]):
+                raise ConfigurationError(problems)
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning merges hyper-parameters of a checkpoint over the command line; nothing does."""
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in what depends on other values, check everything, choose the run's folder."""
+        assert self.subcommand is not None
+        run = complete(self.config[self.subcommand])
+        if problems := check_run(run):
+            raise ConfigurationError(problems)
+        config = RunConfig(**vars(run.run))
+        if self.subcommand == "fit" and (done := completed_run(config, run.ckpt_path, run.trainer)):
+            print(f"The run in '{done}' is complete; nothing to resume.")
+            sys.exit(0)
+        self.resolved = self._resolve(config, run.ckpt_path)
+        run.ckpt_path = str(self.resolved.checkpoint) if self.resolved.checkpoint else None
+
+    def _resolve(self, config: RunConfig, ckpt_path: str | None) -> Resolved:
+        assert self.subcommand is not None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and FOLDER_VARIABLE not in os.environ:
+            raise HardwareError(
+                "Several processes were started from outside (torchrun, srun); start one, with "
+                "--trainer.devices, and it starts the others."
+            )
+        resolved = resolve_run(config, self.subcommand, ckpt_path)
+        os.environ[FOLDER_VARIABLE] = str(resolved.folder)
+        return resolved
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that writes into the run's folder, whatever loggers were chosen."""
+        assert self.subcommand is not None
+        chosen = self.config[self.subcommand].trainer.logger
+        kwargs["default_root_dir"] = str(self.resolved.folder)
+        if chosen is None or chosen is True:
+            kwargs["logger"] = self._tensorboard() if self.subcommand == "fit" else False
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
+
+    def _tensorboard(self) -> TensorBoardLogger:
+        resumed = self.resolved.checkpoint if self.resolved.is_resumed else None
+        # What an interrupted run logged after its checkpoint is logged again.
+        purge = {} if resumed is None else {"purge_step": step_of(resumed) + 1}
+        return TensorBoardLogger(
+            self.resolved.folder, name="", version="", default_hp_metric=False, **purge
+        )
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        essential = [RunMetrics()]
+        if self.subcommand == "predict":
+            essential.append(PredictionWriter())
+        return super()._instantiate_trainer(config, [*essential, *callbacks])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.resolved.checkpoint is None and subcommand != "fit":
+            print(
+                "No --ckpt_path: the adapters are new, so this looks at the base model.",
+                file=sys.stderr,
+            )
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
+        if self.trainer.is_global_zero:
+            print(f"{subcommand}: {self.resolved.folder}")
+
+
+class RunReader(QLoRACLI):
+    """Parses exactly what ``fit`` parses; builds and runs nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is chosen or made for a run that does not start."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is built; Lightning runs a command only when one is set."""
+        self.subcommand = None
+
+
+def read_runs(argument_lists: list[list[str]]) -> list[Namespace]:
+    """The complete, checked configuration that each ``qlora-pl fit ARGUMENTS`` would use.
+
+    Raises:
+        ConfigurationError: with every problem of every run.
+    """
+    first, *rest = [["fit", *arguments] for arguments in argument_lists]
+    reader = RunReader(first)  # building the parser takes seconds, a further parse a tenth
+    configs = [reader.config, *(reader.parser.parse_args(arguments) for arguments in rest)]
+    runs = [complete(config.fit) for config in configs]
+    if problems := [problem for run in runs for problem in check_run(run)]:
+        raise ConfigurationError(problems)
+    return runs
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first line of a library's message, as one sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."
+
+
+def complete(run: Namespace) -> Namespace:
+    """Fill the values whose default comes from another section; they stay settable."""
+    if run.data.tokenizer is None:
+        run.data.tokenizer = run.model.model_name_or_path
+    if run.run.name is None:
+        files = [Path(str(path)) for path in run.get("config") or []]
+        named = files[-1].stem if files else Path(str(run.model.model_name_or_path)).name
+        run.run.name = named or "run"
+    trainer = run.trainer
+    if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+        trainer.max_epochs = DEFAULT_EPOCHS
+    return run
+
+
+def check_run(run: Namespace) -> list[str]:
+    """Every problem of a parsed run that can be found without reading rows or weights."""
+    model, samples = vars(run.model), vars(run.samples)
+    groups: list[Callable[[], Any]] = [
+        lambda: QuantizationConfig(**vars(model["quantization"])),
+        lambda: LoRAConfig(**vars(model["lora"])),
+        lambda: OptimizerConfig(**vars(model["optimizer"])),
+        lambda: ScheduleConfig(**vars(model["schedule"])),
+        lambda: DecodingConfig(**vars(model["decoding"])),
+        lambda: _check_base(model["model_name_or_path"]),
+        lambda: InstructionDataModule(**vars(run.data)),
+        lambda: AdapterCheckpoint(**vars(run.checkpoint)),
+        lambda: SampleWriter(**samples | {"decoding": DecodingConfig(**vars(samples["decoding"]))}),
+        lambda: RunConfig(**vars(run.run)),
+        lambda: _check_trainer(run.trainer),
+    ]
+    problems: list[str] = []
+    for group in groups:
+        try:
+            group()
+        except ConfigurationError as error:
+            problems += error.problems
+    return problems
+
+
+def _check_base(name: str) -> None:
+    if not is_hub_name(name):
+        locate_base(name, None, None)
+
+
+def _check_trainer(trainer: Namespace) -> None:
+    problems = []
+    if trainer.precision not in (None, "32", 32, "32-true"):
+        problems.append(
+            f"trainer.precision: '{trainer.precision}' would change types after loading; leave it at "
+            "32-true and set model.quantization.compute_dtype."
+        )
+    if trainer.default_root_dir is not None:
+        problems.append(
+            "trainer.default_root_dir: a run's folder is run.root/run.name/version_N; set run.root."
+        )
+    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
+        problems.append(
+            f"trainer.gradient_clip_val: must be 0 or more, got {trainer.gradient_clip_val}."
+        )
+    for name in ("accumulate_grad_batches", "log_every_n_steps"):
+        value = getattr(trainer, name)
+        if value is not None and value < 1:
+            problems.append(f"trainer.{name}: must be at least 1, got {value}.")
+    for name in ("max_steps", "max_epochs"):
+        value = getattr(trainer, name)
+        if (value is not None and value < -1) or value == 0:
+            problems.append(f"trainer.{name}: must be at least 1, or -1 for no limit, got {value}.")
+    if problems:
+        raise ConfigurationError(problems)

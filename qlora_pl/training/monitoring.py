@@ -1,0 +1,262 @@
+"""``RunMetrics``: one row of numbers for each logged step, to every logger and to ``metrics.csv``.
+
+A row is numbered by the optimizer steps done and written once the step is over, its validation
+included, just before the step may be saved. So a resumed run drops the rows after its checkpoint and
+goes on, and every step stands in the history once. Lightning's own counter lags behind by one here
+and there and restarts on a resume.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import resource
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from qlora_pl.files import write_atomic, write_json
+from qlora_pl.modeling.compute import ComputeCost, compute_cost
+from qlora_pl.modeling.module import StepStatistics
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "train/loss",
+    "optim/lr",
+    "optim/grad_norm",
+    "throughput/tokens_per_second",
+    "throughput/trained_tokens_per_second",
+    "throughput/padding_ratio",
+    "memory/peak_allocated_gib",
+    "val/loss",
+    "val/perplexity",
+)
+TOTALS = ("seconds", "rows", "tokens", "trained_tokens", "padded_tokens", "flops")
+
+
+class RunMetrics(Callback):
+    """Measures a run; writes ``metrics.csv`` while it goes on and ``metrics.json`` when it ends."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(TOTALS, 0.0)
+        self.first: dict[str, float] = {}
+        """Validation before training."""
+        self.last: dict[str, float] = {}
+        """Newest value of each metric."""
+        self._row: dict[str, float] = {}
+        self._window = dict.fromkeys(TOTALS, 0.0)
+        self._cost: ComputeCost | None = None
+        self._resumed_at: int | None = None
+        self._began = self._started = time.perf_counter()
+
+    # -- life of a run ---------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the clock."""
+        self.folder = Path(trainer.default_root_dir)
+        self._began = time.perf_counter()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know the cost of a token."""
+        self._cost = compute_cost(cast(nn.Module, pl_module.model))
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A sanity check over the whole split is the validation before training."""
+        is_whole = trainer.num_sanity_val_steps == float("inf")
+        if is_whole and (evaluation := getattr(pl_module, "last_evaluation", None)):
+            self.first = dict(evaluation)
+            self._row |= {"step": 0, "epoch": 0, **evaluation}
+            self._flush(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut the history back to the checkpoint."""
+        if self._resumed_at is not None and trainer.is_global_zero:
+            self._truncate_table(self._resumed_at)
+        self._last_step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The step before is over."""
+        self._flush(trainer)
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the batch's time; when an optimizer step has ended, add what it was made of."""
+        self._window["seconds"] += time.perf_counter() - self._started
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        step = cast(StepStatistics, pl_module.last_step)
+        self._add(step)
+        pl_module.log("train/loss", step.loss, prog_bar=True, logger=False)
+        self.last["train/loss"] = step.loss
+        if trainer.global_step == 1 or trainer.global_step % trainer.log_every_n_steps == 0:
+            self._row |= self._training_row(trainer, step)
+
+    def _add(self, step: StepStatistics) -> None:
+        assert self._cost is not None
+        counts = (step.num_tokens, step.num_trained_tokens, step.num_token_pairs)
+        self._window["rows"] += step.num_rows
+        self._window["tokens"] += step.num_tokens
+        self._window["trained_tokens"] += step.num_trained_tokens
+        self._window["padded_tokens"] += step.num_padded_tokens
+        self._window["flops"] += self._cost.of_step(*counts)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the validation to the step's row."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            evaluation = cast(dict[str, float], pl_module.last_evaluation)
+            self.last |= evaluation
+            self._row |= {"step": trainer.global_step, "epoch": trainer.current_epoch, **evaluation}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The epoch's last step is over."""
+        self._flush(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what the run came to."""
+        self._flush(trainer)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the prompts answered."""
+        self.totals["rows"] += len(outputs)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``metrics.json``; Lightning comes here only when the command went well."""
+        self._close_window()
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            write_json(self.folder / "metrics.json", self._summary(trainer, pl_module, stage))
+
+    def _summary(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Any]:
+        if stage != "fit":
+            evaluation = cast(dict[str, float], pl_module.last_evaluation)
+            seconds = time.perf_counter() - self._began
+            rows = self.totals["rows"]
+            return {"command": stage, "runtime_seconds": seconds, "rows": rows, **evaluation}
+        seconds = max(self.totals["seconds"], 1e-9)
+        return {
+            "command": "fit",
+            "is_complete": True,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "max_steps": trainer.max_steps,
+            "max_epochs": trainer.max_epochs,
+            **self.last,
+            "before": self.first,
+            "runtime_seconds": time.perf_counter() - self._began,
+            "training_seconds": seconds,
+            "samples_per_second": self.totals["rows"] / seconds,
+            "tokens_per_second": self.totals["tokens"] / seconds,
+            "trained_tokens_per_second": self.totals["trained_tokens"] / seconds,
+            **{name: int(self.totals[name]) for name in TOTALS if name != "seconds"},
+            "flops_per_second": self.totals["flops"] / seconds,
+        }
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def _training_row(self, trainer: Trainer, step: StepStatistics) -> dict[str, float]:
+        window = self._window
+        seconds = max(window["seconds"], 1e-9)
+        row = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "train/loss": step.loss,
+            "optim/lr": step.learning_rate,
+            "optim/grad_norm": step.grad_norm,
+            "throughput/tokens_per_second": window["tokens"] / seconds,
+            "throughput/trained_tokens_per_second": window["trained_tokens"] / seconds,
+            "throughput/padding_ratio": 1 - window["tokens"] / max(window["padded_tokens"], 1),
+            "memory/peak_allocated_gib": peak_memory_bytes() / 2**30,
+        }
+        self._close_window()
+        return row
+
+    def _close_window(self) -> None:
+        for name in TOTALS:
+            self.totals[name] += self._window[name]
+            self._window[name] = 0.0
+
+    def _flush(self, trainer: Trainer) -> None:
+        """Hand the step's row to the loggers and the table."""
+        row, self._row = self._row, {}
+        if not row:
+            return
+        step = int(row["step"])
+        self.last |= {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        values = {name: value for name, value in row.items() if name != "step"}
+        for log in trainer.loggers:
+            log.log_metrics(values, step=step)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._append_to_table(row)
+
+    # -- metrics.csv -----------------------------------------------------------------------------
+
+    @property
+    def _table(self) -> Path:
+        return self.folder / "metrics.csv"
+
+    def _append_to_table(self, row: dict[str, float]) -> None:
+        is_new = not self._table.exists()
+        with self._table.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _truncate_table(self, step: int) -> None:
+        """Drop the rows after a step, and a row that a kill cut short."""
+        if not self._table.exists():
+            return
+        kept = io.StringIO(newline="")
+        writer = csv.DictWriter(kept, COLUMNS)
+        writer.writeheader()
+        with self._table.open(newline="") as file:
+            for row in csv.DictReader(file):
+                is_whole = all(row.get(name) is not None for name in COLUMNS)
+                if is_whole and int(row["step"]) <= step:
+                    writer.writerow(row)
+        write_atomic(self._table, kept.getvalue())
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Totals up to the save, in a checkpoint."""
+        return {
+            "totals": {name: self.totals[name] + self._window[name] for name in TOTALS},
+            "first": dict(self.first),
+            "last": dict(self.last),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.totals = dict(state_dict["totals"])
+        self.first, self.last = dict(state_dict["first"]), dict(state_dict["last"])
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember where the history is taken up."""
+        self._resumed_at = int(checkpoint["global_step"])
+
+
+def peak_memory_bytes() -> int:
+    """The device's peak of allocated memory; on a CPU, the process's peak resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux

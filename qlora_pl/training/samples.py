@@ -1,0 +1,131 @@
+"""``SampleWriter``: the same prompts answered before and after training, as text to read.
+
+Numbers say that a model changed; only an answer says into what.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+
+from qlora_pl.data.batching import collate_prompts
+from qlora_pl.data.conversation import Conversation, Message
+from qlora_pl.errors import ConfigurationError
+from qlora_pl.files import write_atomic
+from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
+
+logger = logging.getLogger(__name__)
+
+
+class SampleWriter(Callback):
+    """Answers a few prompts at the start and the end of a run, to TensorBoard and samples.jsonl.
+
+    Args:
+        prompts: Questions to ask; None: the first ``num_prompts`` of the validation rows.
+        num_prompts: How many of these; 0: no samples.
+        every_n_steps: Also ask every so many optimizer steps; None: only before and after.
+        decoding: How to draw.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | None = None,
+        num_prompts: int = 3,
+        every_n_steps: int | None = None,
+        decoding: DecodingConfig = DecodingConfig(max_new_tokens=64),  # noqa: B008 (frozen)
+    ) -> None:
+        if num_prompts < 0:
+            raise ConfigurationError(f"samples.num_prompts: must be 0 or more, got {num_prompts}.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigurationError(
+                f"samples.every_n_steps: must be at least 1, got {every_n_steps}."
+            )
+        self.prompts = prompts
+        self.num_prompts = num_prompts
+        self.every_n_steps = every_n_steps
+        self.decoding = decoding
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask the model that training starts from; a resumed run has asked already."""
+        self._last_step = trainer.global_step
+        if trainer.ckpt_path is None:
+            self._ask(trainer, pl_module)
+        elif trainer.is_global_zero:
+            self._forget_after(trainer.global_step, self._path(trainer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask in between, if that was wished for."""
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        if self.every_n_steps is not None and step % self.every_n_steps == 0:
+            self._ask(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask the trained model."""
+        is_asked = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if not is_asked:
+            self._ask(trainer, pl_module)
+
+    def _ask(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or data is None or trainer.fast_dev_run:
+            return
+        conversations = self._conversations(data)
+        if not conversations:
+            return
+        prompts = [data.encoder.encode_prompt(conversation) for conversation in conversations]
+        batch = collate_prompts(
+            prompts, [""] * len(prompts), np.arange(len(prompts)), data.tokenizer.pad_token_id
+        )
+        answers = generate_answers(
+            cast(nn.Module, pl_module.model),
+            data.tokenizer,
+            batch["input_ids"].to(pl_module.device),
+            batch["attention_mask"].to(pl_module.device),
+            data.encoder.stop_ids,
+            self.decoding,
+        )
+        self._write(trainer, [c.messages[-1].content for c in conversations], answers)
+
+    def _conversations(self, data: Any) -> list[Conversation]:
+        if self.prompts is not None:
+            return [Conversation((Message("user", prompt),)) for prompt in self.prompts]
+        rows = [c for c in data.splits["val"].conversations if not c.is_plain_text]
+        return [conversation.prompt for conversation in rows[: self.num_prompts]]
+
+    def _write(self, trainer: Trainer, questions: list[str], answers: list[str]) -> None:
+        step = trainer.global_step
+        with self._path(trainer).open("a") as file:
+            for prompt, answer in zip(questions, answers, strict=True):
+                file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
+        for log in trainer.loggers:
+            if isinstance(log, TensorBoardLogger):
+                for place, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
+                    log.experiment.add_text(
+                        f"samples/{place}", f"**{question}**\n\n{answer}", global_step=step
+                    )
+
+    @staticmethod
+    def _path(trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "samples.jsonl"
+
+    @staticmethod
+    def _forget_after(step: int, path: Path) -> None:
+        """Drop answers that a resumed run will give again."""
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            write_atomic(path, "".join(kept))
