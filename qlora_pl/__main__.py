@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 import sys
+import warnings
 
 from qlora_pl import __version__
 from qlora_pl.errors import QLoRAError
@@ -64,11 +65,32 @@ def run_trainer_command() -> int:
     # step 5 to 30 times. Must be set before either is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers warn otherwise
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    quieten()
     from qlora_pl.cli import QLoRACLI  # slow to import
 
     QLoRACLI()  # no arguments: Lightning starts further processes with this one's
     return 0
+
+
+def quieten() -> None:
+    """Let this project speak, and the libraries only when something is wrong.
+
+    Each pattern is a message that is untrue or useless here; everything else gets through.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("qlora_pl").setLevel(logging.INFO)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for useless in (
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning under torch 2.13
+        ".*does not have many workers",  # rows are encoded already; a worker would only cost memory
+        "You're resuming from a checkpoint that ended before the epoch",  # the data module resumes
+        ".*smaller than the logging interval",
+        "Found .* module.* in eval mode at the start",
+        ".*`weights_only` was not set",
+        "The `srun` command is available on your system",
+    ):
+        warnings.filterwarnings("ignore", message=useless)
 
 
 def fail(sentences: str) -> int:

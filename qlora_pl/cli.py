@@ -94,6 +94,11 @@ class QLoRACLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Without ``weights_only``: a checkpoint is always read so."""
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Without abbreviations: ``--model.lora.drop 0.1`` must not work by chance."""
         return super().init_parser(**{**kwargs, "allow_abbrev": False})
@@ -153,8 +158,8 @@ class QLoRACLI(LightningCLI):
 
     def _tensorboard(self) -> TensorBoardLogger:
         resumed = self.resolved.checkpoint if self.resolved.is_resumed else None
-        # What an interrupted run logged after its checkpoint is logged again.
-        purge = {} if resumed is None else {"purge_step": step_of(resumed) + 1}
+        # What an interrupted run logged from its checkpoint on is logged again.
+        purge = {} if resumed is None else {"purge_step": step_of(resumed)}
         return TensorBoardLogger(
             self.resolved.folder, name="", version="", default_hp_metric=False, **purge
         )

@@ -27,7 +27,7 @@ def unknown_keys(parser: Any, words: list[str]) -> list[str]:
     Raises:
         ConfigurationError: if a file is missing or is not YAML.
     """
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in parser._actions if not action.dest.endswith(".help")}
     problems = []
     for place, word in enumerate(words):
         if not word.startswith("-") or re.fullmatch(r"-\d.*", word):
@@ -36,7 +36,9 @@ def unknown_keys(parser: Any, words: list[str]) -> list[str]:
         key = flag.lstrip("-").removesuffix("+")
         if flag in ("-c", "--config"):
             path = value or (words[place + 1] if place + 1 < len(words) else "")
-            problems += [f"{path}: {sentence}" for sentence in _unknown(_keys(_load(path)), known)]
+            content = _load(path)
+            problems += [f"{path}: {sentence}" for sentence in _unknown(_keys(content), known)]
+            problems += [f"{path}: {sentence}" for sentence in _not_groups(content, known)]
         elif flag not in ("-h", "--help") and not key.startswith("print_config"):
             problems += [f"{sentence}" for sentence in _unknown(iter([key]), known)]
     return problems
@@ -78,6 +80,24 @@ def _unknown(keys: Iterator[str], known: set[str]) -> Iterator[str]:
         yield _no_such_key(key, known)
 
 
+def _not_groups(content: dict[Any, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+    """Groups that were given a single value, which jsonargparse would pass over in silence."""
+    groups = {parent for name in known for parent in _prefixes(name)}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _not_groups(value, known, f"{name}.")
+        elif name in groups and value is not None and not isinstance(value, str):
+            keys = sorted(
+                {
+                    k.removeprefix(f"{name}.").split(".")[0]
+                    for k in known
+                    if k.startswith(f"{name}.")
+                }
+            )
+            yield f"'{name}' has keys of its own ({', '.join(keys)}), got {value!r}."
+
+
 def _prefixes(key: str) -> list[str]:
     parts = key.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
@@ -107,6 +127,66 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "keys and values",
+    "NoneType": "null",
+}
+
+
 def explain_parser_error(message: str) -> str:
     """Jsonargparse's message as one sentence that names key and value."""
-    return message
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if found := re.match(r"the following arguments are required: (?:\w+\.)?(.*)", message):
+        return f"{found[1]}: must be set; write --{found[1]} VALUE, or the key in a file."
+    if found := re.match(r"argument (--\S+): expected (.*)", message):
+        return f"{found[1]}: expected {'a value' if 'one' in found[2] else found[2]} after it."
+    if found := re.match(r"unrecognized arguments: (.*)", message.lower()):
+        return f"'{found[1]}' belongs to no flag; a value follows its --key."
+    if found := re.search(r"Not of type RowSources: (.*)", message):
+        return found[1]
+    if found := re.match(r'(?:parser key|Parser key) "([^"]+)"', message):
+        return f"{found[1]}: {_value_problem(lines)}"
+    return " ".join(lines).rstrip(".") + "."
+
+
+def _value_problem(lines: list[str]) -> str:
+    errors = [line.removeprefix("- ") for line in lines[1:]]
+    given = next((e.split(":", 1)[1].strip() for e in errors if e.startswith("Given value:")), "")
+    for error in errors:
+        if found := re.match(r"Expected an? (.*)\. Got value: (.*)", error):
+            hint = _nearest_literal(*found.groups()) or "."
+            return f"expected {_type_name(found[1])}, got '{found[2]}'{hint}"
+        if found := re.match(r"Option '(.*)' is not accepted", error):
+            return f"the class has no argument '{found[1]}' (in {given})."
+        if error.startswith("Unable to load config"):
+            return f"expected keys and values, got {error.removeprefix('Unable to load config ')}."
+    told = [
+        error
+        for error in errors
+        if not re.match(
+            r"(Expected|Does not|Subtypes|Errors|Given|Not a valid|Subclass types|Problem with|a (class|dict))",
+            error,
+        )
+    ]
+    if told:
+        return f"{told[0].rstrip('.')} (in {given})."
+    wanted = [_type_name(found[1]) for e in errors if (found := re.match(r"Expected an? (.*)", e))]
+    return f"expected {' or '.join(dict.fromkeys(wanted)) or 'another value'}, got '{given}'."
+
+
+def _type_name(name: str) -> str:
+    if found := re.match(r"typing\.Literal\[(.*)\]", name):
+        return f"one of {found[1].replace(chr(39), '')}"
+    short = re.sub(r"<class '(.*)'>", r"\1", name).split(".")[-1]
+    return TYPES.get(short, short)
+
+
+def _nearest_literal(wanted: str, given: str) -> str:
+    options = re.findall(r"'([^']+)'", wanted) if "Literal" in wanted else []
+    return _nearest(given, options)

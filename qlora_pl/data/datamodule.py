@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,11 @@ from qlora_pl.data.batching import (
     TrainingBatches,
 )
 from qlora_pl.data.encoding import Encoder, Overlong, load_tokenizer
-from qlora_pl.data.sources import RowSources, SourceConfig, hub_splits
+from qlora_pl.data.sources import NO_ROWS, RowSources, hub_splits
 from qlora_pl.data.templates import load_template
 from qlora_pl.errors import CheckpointError, ConfigurationError
 
 logger = logging.getLogger(__name__)
-
-Rows = str | Path | SourceConfig | Sequence[Any] | RowSources
-"""What a user may hand over as rows; see ``RowSources.parse``."""
 
 
 class InstructionDataModule(LightningDataModule):
@@ -42,11 +38,11 @@ class InstructionDataModule(LightningDataModule):
 
     Args:
         sources: Rows to train on: a file (.json, .jsonl, .csv, .parquet), a Hub name, a mapping
-            with ``path`` and the settings of ``SourceConfig``, or a list of these. From Python also
-            a list of dictionaries or a ``datasets.Dataset``.
-        val_sources: Rows to validate on; None: a validation split of a Hub dataset where it has
+            with ``path`` and the settings of ``SourceConfig``, or a list of these; from Python also
+            a list of dictionaries or a ``datasets.Dataset`` (all that ``RowSources.parse`` takes).
+        val_sources: Rows to validate on; null: a validation split of a Hub dataset where it has
             one, otherwise ``val_size`` of the training rows.
-        test_sources: Rows for ``test``; None: the test split of a Hub dataset.
+        test_sources: Rows for ``test``; null: the test split of a Hub dataset.
         template: How a conversation becomes text: ``alpaca``, ``guanaco``,
             ``instruction-response``, ``chat`` (the tokenizer's own), or ``auto`` (``chat`` where the
             tokenizer has one, else ``instruction-response``).
@@ -71,9 +67,9 @@ class InstructionDataModule(LightningDataModule):
 
     def __init__(
         self,
-        sources: Rows,
-        val_sources: Rows | None = None,
-        test_sources: Rows | None = None,
+        sources: RowSources,
+        val_sources: RowSources = NO_ROWS,
+        test_sources: RowSources = NO_ROWS,
         template: str = "auto",
         tokenizer: str | None = None,
         max_length: int = 512,
@@ -92,8 +88,8 @@ class InstructionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources = RowSources.parse(sources)
-        self.val_sources = _parse_optional(val_sources, "data.val_sources")
-        self.test_sources = _parse_optional(test_sources, "data.test_sources")
+        self.val_sources = RowSources.parse(val_sources, "data.val_sources")
+        self.test_sources = RowSources.parse(test_sources, "data.test_sources")
         self.template_name = template
         self.tokenizer_name = tokenizer
         self.max_length = max_length
@@ -144,7 +140,7 @@ class InstructionDataModule(LightningDataModule):
         ]
         problems = [f"data.{sentence}" for holds, sentence in ranges if not holds]
         for rows in (self.sources, self.val_sources, self.test_sources):
-            problems += rows.problems() if rows is not None else []
+            problems += rows.problems()
         return problems
 
     # -- reading ---------------------------------------------------------------------------------
@@ -159,12 +155,11 @@ class InstructionDataModule(LightningDataModule):
     def _setup_fit(self) -> None:
         self._prepare_encoder()
         train = self._encode(self.sources, "data.sources")
-        if (
-            val_sources := self.val_sources or self._hub_split(("validation", "eval", "dev"))
-        ) is None:
-            train, val = self._split_off(train)
-        else:
+        val_sources = self.val_sources or self._hub_split(("validation", "eval", "dev"))
+        if val_sources:
             val = self._encode(val_sources, "data.val_sources")
+        else:
+            train, val = self._split_off(train)
         self.splits["train"] = _first(train, self.max_train_samples)
         self.splits["val"] = _first(val, self.max_val_samples)
         for name in ("train", "val"):
@@ -174,7 +169,7 @@ class InstructionDataModule(LightningDataModule):
         if "test" in self.splits:
             return
         sources = self.test_sources or self._hub_split(("test",))
-        if sources is None:
+        if not sources:
             raise ConfigurationError("data.test_sources: no test rows are named; set it to a file.")
         self._prepare_encoder()
         self.splits["test"] = self._encode(sources, "data.test_sources")
@@ -197,13 +192,13 @@ class InstructionDataModule(LightningDataModule):
     def _encode(self, sources: RowSources, key: str) -> EncodedSplit:
         return encode_sources(sources, self.encoder, self.overlong, self.max_lost_ratio, key)
 
-    def _hub_split(self, names: Sequence[str]) -> RowSources | None:
-        """The first of these splits that a Hub dataset of the training sources has."""
+    def _hub_split(self, names: Sequence[str]) -> RowSources:
+        """The first of these splits that a Hub dataset of the training sources has, or nothing."""
         for source in self.sources.sources:
             for name in hub_splits(source):
                 if name in names and name != source.split:
                     return RowSources((replace(source, split=name, limit=None),))
-        return None
+        return NO_ROWS
 
     def _split_off(self, rows: EncodedSplit) -> tuple[EncodedSplit, EncodedSplit]:
         """Training and validation rows; which is which depends on ``val_seed`` and nothing else."""
@@ -340,10 +335,6 @@ class InstructionDataModule(LightningDataModule):
         """File and row number of rows of a split, for messages; fillers are left out."""
         places = self.splits[split].places
         return [str(places[row]) for row in row_ids if row >= 0]
-
-
-def _parse_optional(value: Rows | None, key: str) -> RowSources | None:
-    return None if value is None else RowSources.parse(value, key)
 
 
 def _first(split: EncodedSplit, limit: int | None) -> EncodedSplit:

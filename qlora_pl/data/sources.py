@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from qlora_pl.data.formats import FORMATS
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 
@@ -82,12 +84,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-@dataclass(frozen=True)
 class RowSources:
-    """The rows of a run: sources to be read, or rows that are in memory already."""
+    """The rows of a run: sources to be read, or rows that are in memory already.
 
-    sources: tuple[SourceConfig, ...] = ()
-    rows: Sequence[Mapping[str, Any]] | None = None
+    Not a dataclass, which the command line's parser would take apart into keys.
+    """
+
+    def __init__(
+        self,
+        sources: tuple[SourceConfig, ...] = (),
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.sources = sources
+        self.rows = rows
 
     @classmethod
     def parse(cls, value: Any, key: str = "data.sources", allow_rows: bool = True) -> RowSources:
@@ -104,6 +113,10 @@ class RowSources:
         """
         if isinstance(value, cls):
             return value
+        if value is None:
+            return NO_ROWS
+        if isinstance(value, str) and value[:1] in ("[", "{"):  # a list or mapping in a flag
+            value = yaml.safe_load(value)
         if isinstance(value, str | Path | SourceConfig | dict):
             value = [value]
         if not isinstance(value, Sequence) and not hasattr(value, "column_names"):
@@ -120,6 +133,8 @@ class RowSources:
         """What ``parse`` takes, in plain types, for a configuration file."""
         if self.rows is not None:
             return f"({len(self.rows)} rows in memory)"
+        if not self.sources:
+            return None
         defaults = SourceConfig(path="")
         return [
             {
@@ -130,9 +145,16 @@ class RowSources:
             for source in self.sources
         ]
 
+    def __bool__(self) -> bool:
+        return bool(self.sources) or self.rows is not None
+
     def problems(self) -> list[str]:
         """Every problem that can be found without reading."""
         return [problem for source in self.sources if (problem := source.problem())]
+
+
+NO_ROWS = RowSources()
+"""No source was named."""
 
 
 def _parse_source(item: Any, key: str) -> SourceConfig:

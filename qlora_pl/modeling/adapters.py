@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,7 +146,9 @@ def attach_adapters(model: nn.Module, config: LoRAConfig, seed: int) -> nn.Modul
         task_type="CAUSAL_LM",
     )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        # PEFT asks transformers 5.2x for a property under its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         torch.manual_seed(seed)
         adapted: nn.Module = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     for module in adapted.modules():

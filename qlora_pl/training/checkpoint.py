@@ -125,13 +125,20 @@ class AdapterCheckpoint(Checkpoint):
     # -- hooks -----------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read and write through ``VerifiedCheckpointIO``; refuse a folder that is another run's."""
+        """Read and write through ``VerifiedCheckpointIO``."""
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
-        if stage != "fit":
-            return
         self.folder = Path(trainer.default_root_dir)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a folder that is another run's.
+
+        Raises:
+            ConfigurationError: if it holds a checkpoint that this run does not continue.
+        """
         newest = newest_verified(self.folder)
         resumed = trainer.ckpt_path
+        if resumed is not None:
+            trainer.num_sanity_val_steps = 0  # the run was validated before it began
         if newest is not None and (resumed is None or Path(resumed).resolve() != newest.resolve()):
             raise ConfigurationError(
                 f"'{self.folder}' holds another run, which is never overwritten; resume it with "

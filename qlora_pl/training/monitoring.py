@@ -1,9 +1,9 @@
 """``RunMetrics``: one row of numbers for each logged step, to every logger and to ``metrics.csv``.
 
-A row is numbered by the optimizer steps done and written once the step is over, its validation
-included, just before the step may be saved. So a resumed run drops the rows after its checkpoint and
-goes on, and every step stands in the history once. Lightning's own counter lags behind by one here
-and there and restarts on a resume.
+A row is numbered by the optimizer steps done. It waits until the next step has ended, so that a
+validation in between is part of it, and is part of every checkpoint while it waits. So a resumed run
+drops the rows from its checkpoint's step on and writes them again: every step stands in the history
+once. (Lightning's own counter lags behind here and there.)
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ class RunMetrics(Callback):
         if is_whole and (evaluation := getattr(pl_module, "last_evaluation", None)):
             self.first = dict(evaluation)
             self._row |= {"step": 0, "epoch": 0, **evaluation}
-            self._flush(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut the history back to the checkpoint."""
@@ -82,8 +81,7 @@ class RunMetrics(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The step before is over."""
-        self._flush(trainer)
+        """Start the clock of a micro-batch."""
         self._started = time.perf_counter()
 
     def on_train_batch_end(
@@ -94,6 +92,7 @@ class RunMetrics(Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
+        self._flush(trainer)  # the row of the step before
         step = cast(StepStatistics, pl_module.last_step)
         self._add(step)
         pl_module.log("train/loss", step.loss, prog_bar=True, logger=False)
@@ -116,10 +115,6 @@ class RunMetrics(Callback):
             evaluation = cast(dict[str, float], pl_module.last_evaluation)
             self.last |= evaluation
             self._row |= {"step": trainer.global_step, "epoch": trainer.current_epoch, **evaluation}
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The epoch's last step is over."""
-        self._flush(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what the run came to."""
@@ -220,7 +215,7 @@ class RunMetrics(Callback):
             writer.writerow(row)
 
     def _truncate_table(self, step: int) -> None:
-        """Drop the rows after a step, and a row that a kill cut short."""
+        """Drop the rows from a step on, and a row that a kill cut short."""
         if not self._table.exists():
             return
         kept = io.StringIO(newline="")
@@ -229,15 +224,16 @@ class RunMetrics(Callback):
         with self._table.open(newline="") as file:
             for row in csv.DictReader(file):
                 is_whole = all(row.get(name) is not None for name in COLUMNS)
-                if is_whole and int(row["step"]) <= step:
+                if is_whole and int(row["step"]) < step:
                     writer.writerow(row)
         write_atomic(self._table, kept.getvalue())
 
     # -- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Totals up to the save, in a checkpoint."""
+        """Totals up to the save and the row that waits, in a checkpoint."""
         return {
+            "row": dict(self._row),
             "totals": {name: self.totals[name] + self._window[name] for name in TOTALS},
             "first": dict(self.first),
             "last": dict(self.last),
@@ -245,6 +241,7 @@ class RunMetrics(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
+        self._row = dict(state_dict["row"])
         self.totals = dict(state_dict["totals"])
         self.first, self.last = dict(state_dict["first"]), dict(state_dict["last"])
 

@@ -55,7 +55,7 @@ class RunRecord(SaveConfigCallback):
             while (folder / f"run{suffix}.yaml").exists():
                 number += 1
                 suffix = f"-resumed-{step}-{number}"
-        self.text = self.parser.dump(self.config, skip_none=False)
+        self.text = self.parser.dump(self.config, skip_unset=False)
         write_atomic(folder / f"run{suffix}.yaml", self.text)
         write_json(folder / f"environment{suffix}.json", environment())
 

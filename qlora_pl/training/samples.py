@@ -59,7 +59,7 @@ class SampleWriter(Callback):
         if trainer.ckpt_path is None:
             self._ask(trainer, pl_module)
         elif trainer.is_global_zero:
-            self._forget_after(trainer.global_step, self._path(trainer))
+            self._take_up(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,25 +107,30 @@ class SampleWriter(Callback):
 
     def _write(self, trainer: Trainer, questions: list[str], answers: list[str]) -> None:
         step = trainer.global_step
+        pairs = list(zip(questions, answers, strict=True))
         with self._path(trainer).open("a") as file:
-            for prompt, answer in zip(questions, answers, strict=True):
+            for prompt, answer in pairs:
                 file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
+        self._show(trainer, pairs)
+
+    def _show(self, trainer: Trainer, pairs: list[tuple[str, str]]) -> None:
         for log in trainer.loggers:
             if isinstance(log, TensorBoardLogger):
-                for place, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
-                    log.experiment.add_text(
-                        f"samples/{place}", f"**{question}**\n\n{answer}", global_step=step
-                    )
+                for place, (question, answer) in enumerate(pairs, start=1):
+                    text = f"**{question}**\n\n{answer}"
+                    log.experiment.add_text(f"samples/{place}", text, trainer.global_step)
 
     @staticmethod
     def _path(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "samples.jsonl"
 
-    @staticmethod
-    def _forget_after(step: int, path: Path) -> None:
-        """Drop answers that a resumed run will give again."""
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            write_atomic(path, "".join(kept))
+    def _take_up(self, trainer: Trainer) -> None:
+        """Drop answers that a resumed run gives again; show again those of its own step."""
+        path, step = self._path(trainer), trainer.global_step
+        if not path.exists():
+            return
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_atomic(path, "".join(kept))
+        answers = [answer for line in kept if (answer := json.loads(line))["step"] == step]
+        self._show(trainer, [(answer["prompt"], answer["answer"]) for answer in answers])

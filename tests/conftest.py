@@ -1,0 +1,140 @@
+"""A random two-layer LLaMA, a tokenizer trained on a page of text, and a dozen rows.
+
+Real bitsandbytes NF4 runs over them on any CPU, so nothing in the tests stands in for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PAGE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request. ### Instruction: ### Response: ### Human: ### Assistant: What is the capital of "
+    "France? The capital of France is Paris. How many legs has a spider? It has eight legs. "
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Packed weights and fingerprints of the tests go to a folder of their own."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("QLORA_PL_CACHE")
+    os.environ["QLORA_PL_CACHE"] = str(folder)
+    yield folder
+    os.environ.pop("QLORA_PL_CACHE")
+    if before is not None:
+        os.environ["QLORA_PL_CACHE"] = before
+
+
+def save_tokenizer(folder: Path, adds_bos: bool = False, chat_template: str | None = None) -> None:
+    """Train a byte-level BPE on a page and save it as a transformers tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([PAGE], trainer)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+
+
+def save_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Save a random tiny LLaMA with its tokenizer; every width is a multiple of 64."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 512,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.1,  # at 0.02 two layers hardly react to their input
+        }
+        | changes
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(folder, adds_bos=True, chat_template=CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny base."""
+    return save_base(tmp_path_factory.mktemp("base") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_base: Path) -> Any:
+    """The tiny base's tokenizer."""
+    from qlora_pl.data.encoding import load_tokenizer
+
+    return load_tokenizer(str(tiny_base))
+
+
+ROWS = [
+    {
+        "prompt": f"How many legs has animal {n}?",
+        "response": "It has " + "many " * (n % 5) + f"{n}.",
+    }
+    for n in range(22)
+]
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows as JSON lines and returns the file."""
+
+    def write(rows: list[Any], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-two short questions and answers."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path

@@ -1,0 +1,227 @@
+"""A run that is stopped anywhere and resumed ends byte for byte where it would have ended."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from qlora_pl.data.datamodule import InstructionDataModule
+from qlora_pl.errors import CheckpointError, ConfigurationError
+from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.module import QLoRAModule
+from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
+from qlora_pl.training.checkpoint import AdapterCheckpoint
+from qlora_pl.training.monitoring import RunMetrics
+from qlora_pl.training.run_folder import checkpoints_newest_first, newest_verified, verifies
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode"),
+]
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    """Stops the process at the start of a micro-batch, counted over the whole run."""
+
+    def __init__(self, micro_batch: int | None) -> None:
+        self.micro_batch = micro_batch
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.micro_batch:
+            raise Killed
+
+
+def run(
+    folder: Path,
+    base: Path,
+    rows: Path,
+    kill_at: int | None = None,
+    resume: bool = False,
+    accumulation: int = 1,
+    **changes: Any,
+) -> Trainer:
+    """Two epochs of 20 rows; validation in the middle and at the end of each."""
+    seed_everything(7)
+    module = QLoRAModule(
+        str(base),
+        lora=LoRAConfig(r=4, dropout=0.2, **changes.pop("lora", {})),
+        optimizer=OptimizerConfig(lr=1.0e-2, **changes.pop("optimizer", {})),
+        schedule=ScheduleConfig(name="cosine_with_floor", warmup_steps=2),
+        gradient_checkpointing=False,
+    )
+    data = InstructionDataModule(
+        rows, template="guanaco", val_size=2, batch_size=changes.pop("batch_size", 2)
+    )
+    trainer = Trainer(
+        default_root_dir=folder,
+        max_epochs=changes.pop("max_epochs", 2),
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=0.3,
+        val_check_interval=5,
+        num_sanity_val_steps=-1,
+        log_every_n_steps=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        devices=1,
+        use_distributed_sampler=False,
+        callbacks=[
+            RunMetrics(),
+            AdapterCheckpoint(every_n_steps=1, keep_last=3, keep_best=1),
+            KillAt(kill_at),
+        ],
+    )
+    checkpoint = newest_verified(folder) if resume else None
+    assert not resume or checkpoint is not None
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    return trainer
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def history(folder: Path) -> list[tuple[str, ...]]:
+    """What metrics.csv says of each step, without timings."""
+    with (folder / "metrics.csv").open() as file:
+        names = ("step", "epoch", "train/loss", "optim/lr", "optim/grad_norm", "val/loss")
+        return [tuple(row[name] for name in names) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, rows_file: Path
+) -> Any:
+    """One whole run for each accumulation, made when it is first asked for."""
+    made: dict[int, Path] = {}
+
+    def get(accumulation: int) -> Path:
+        if accumulation not in made:
+            made[accumulation] = tmp_path_factory.mktemp("whole")
+            run(made[accumulation], tiny_base, rows_file, accumulation=accumulation)
+        return made[accumulation]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "kills"),
+    [
+        pytest.param(1, [3], id="mid-epoch"),
+        pytest.param(1, [5], id="after-a-step-with-a-validation"),
+        pytest.param(1, [10], id="after-the-last-step-of-an-epoch"),
+        pytest.param(4, [6], id="inside-an-accumulation-window"),
+        pytest.param(4, [6, 5], id="again-in-the-first-window-after-the-resume"),
+        pytest.param(4, [10], id="accumulating-at-the-end-of-an-epoch"),
+        pytest.param(4, [13, 14, 18], id="three-times"),
+    ],
+)
+def test_a_resumed_run_ends_in_the_bytes_of_the_uninterrupted_one(
+    tmp_path: Path,
+    tiny_base: Path,
+    rows_file: Path,
+    uninterrupted: Any,
+    accumulation: int,
+    kills: list[int],
+) -> None:
+    whole = uninterrupted(accumulation)
+    for number, kill_at in enumerate(kills):
+        with pytest.raises(Killed):
+            run(tmp_path, tiny_base, rows_file, kill_at, number > 0, accumulation)
+    run(tmp_path, tiny_base, rows_file, None, True, accumulation)
+    assert adapter_bytes(tmp_path) == adapter_bytes(whole)
+    assert history(tmp_path) == history(whole)
+    kept = [(folder / "checkpoints" / "kept.json").read_text() for folder in (tmp_path, whole)]
+    assert kept[0] == kept[1]
+    names = [[p.name for p in checkpoints_newest_first(folder)] for folder in (tmp_path, whole)]
+    assert names[0] == names[1]
+
+
+def test_the_history_holds_every_step_once_and_the_validations_where_they_are_due(
+    uninterrupted: Any,
+) -> None:
+    rows = history(uninterrupted(1))
+    assert [row[0] for row in rows] == [str(step) for step in range(21)]
+    assert [row[0] for row in rows if row[-1]] == ["0", "5", "10", "15", "20"]
+
+
+def test_a_checkpoint_loads_with_weights_only_and_holds_nothing_of_the_base(
+    uninterrupted: Any,
+) -> None:
+    path = newest_verified(uninterrupted(1))
+    checkpoint = torch.load(path, weights_only=True)
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    state = checkpoint["optimizer_states"][0]["state"]
+    assert set(state) == set(checkpoint["state_dict"])
+    assert checkpoint["boundary"] == {"step": 20, "epoch": 2, "position": 0}
+    base_bytes = sum(t.numel() * t.element_size() for t in checkpoint["state_dict"].values())
+    assert (
+        Path(path).stat().st_size < 3 * base_bytes + 80_000
+    )  # adapters, two Adam states, the rest
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lora": {"alpha": 8.0}}, "model.lora.alpha=16.0, this run has 8.0"),
+        ({"optimizer": {"weight_decay": 0.1}}, "model.optimizer.weight_decay=0.0"),
+        ({"batch_size": 4}, "rows of an optimizer step: it had 2, this run has 4"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(
+    tmp_path: Path, tiny_base: Path, rows_file: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, tiny_base, rows_file, kill_at=3)
+    with pytest.raises(CheckpointError, match=named):
+        run(tmp_path, tiny_base, rows_file, resume=True, **changes)
+
+
+def test_a_folder_that_holds_another_run_is_not_written_to(
+    tmp_path: Path, tiny_base: Path, rows_file: Path
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, tiny_base, rows_file, kill_at=3)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigurationError, match="never overwritten"):
+        run(tmp_path, tiny_base, rows_file)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, tiny_base: Path, rows_file: Path, uninterrupted: Any
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, tiny_base, rows_file, kill_at=4)
+    newest, before, *_ = checkpoints_newest_first(tmp_path)
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert not verifies(newest)
+    assert newest_verified(tmp_path) == before
+    run(tmp_path, tiny_base, rows_file, resume=True)
+    assert adapter_bytes(tmp_path) == adapter_bytes(uninterrupted(1))
+
+
+def test_metrics_json_says_what_the_run_came_to(uninterrupted: Any) -> None:
+    metrics = json.loads((uninterrupted(1) / "metrics.json").read_text())
+    assert metrics["is_complete"]
+    assert metrics["step"] == 20
+    assert metrics["rows"] == 40
+    assert metrics["val/loss"] < metrics["before"]["val/loss"]
+    assert os.path.exists(uninterrupted(1) / "adapter" / "manifest.json")
