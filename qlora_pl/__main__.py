@@ -6,14 +6,13 @@ longer to import than a person waits without wondering.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
 import warnings
 
 from qlora_pl import __version__
-from qlora_pl.errors import QLoRAError
+from qlora_pl.errors import QLoRAError, did_you_mean
 
 TRAINER_COMMANDS = {
     "fit": "Train LoRA adapters on a 4-bit base.",
@@ -49,9 +48,9 @@ def main() -> int:
         print(f"qlora-pl {__version__}")
         return 0
     if command not in TRAINER_COMMANDS:
-        close = difflib.get_close_matches(command, TRAINER_COMMANDS, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else f" ({', '.join(TRAINER_COMMANDS)})."
-        return fail(f"no command is called '{command}'{hint}")
+        end = did_you_mean(command, TRAINER_COMMANDS)
+        known = "" if end != "." else f" (there are {', '.join(TRAINER_COMMANDS)})"
+        return fail(f"no command is called '{command}'{known}{end}")
     try:
         return run_trainer_command()
     except QLoRAError as error:

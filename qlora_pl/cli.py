@@ -7,10 +7,11 @@ misspelt keys of all files and flags, then all impossible values.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
@@ -21,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.sources import RowSources
-from qlora_pl.errors import ConfigurationError, HardwareError
+from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError
 from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.identity import is_hub_name, locate_base
@@ -80,7 +81,8 @@ class QLoRACLI(LightningCLI):
 
     resolved: Resolved
 
-    def __init__(self, args: ArgsType = None) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
+        self._command = (sys.argv[1:] if args is None else args)[0]
         super().__init__(
             QLoRAModule,
             InstructionDataModule,
@@ -94,10 +96,16 @@ class QLoRACLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Without ``weights_only``: a checkpoint is always read so."""
-        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command at hand alone: building a parser for all four would take two seconds more.
+
+        Without ``weights_only``: a checkpoint is always read so.
+        """
+        return {
+            name: skip | {"weights_only"}
+            for name, skip in LightningCLI.subcommands().items()
+            if name == self._command
+        }
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Without abbreviations: ``--model.lora.drop 0.1`` must not work by chance."""
@@ -111,10 +119,9 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Report every unknown key before parsing, which would stop at the first."""
-        words = sys.argv[1:] if args is None else args
-        if isinstance(words, list) and words and words[0] in self._subcommand_parsers:
-            if problems := unknown_keys(self._subcommand_parsers[words[0]], words[1:]):
-                raise ConfigurationError(problems)
+        words = sys.argv[1:] if args is None else cast(list[str], args)
+        if problems := unknown_keys(self._subcommand_parsers[self._command], words[1:]):
+            raise ConfigurationError(problems)
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -130,17 +137,17 @@ class QLoRACLI(LightningCLI):
         if self.subcommand == "fit" and (done := completed_run(config, run.ckpt_path, run.trainer)):
             print(f"The run in '{done}' is complete; nothing to resume.")
             sys.exit(0)
-        self.resolved = self._resolve(config, run.ckpt_path)
+        command = "rehearsal" if run.trainer.fast_dev_run else self.subcommand
+        self.resolved = self._resolve(config, command, run.ckpt_path)
         run.ckpt_path = str(self.resolved.checkpoint) if self.resolved.checkpoint else None
 
-    def _resolve(self, config: RunConfig, ckpt_path: str | None) -> Resolved:
-        assert self.subcommand is not None
+    def _resolve(self, config: RunConfig, command: str, ckpt_path: str | None) -> Resolved:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and FOLDER_VARIABLE not in os.environ:
             raise HardwareError(
                 "Several processes were started from outside (torchrun, srun); start one, with "
                 "--trainer.devices, and it starts the others."
             )
-        resolved = resolve_run(config, self.subcommand, ckpt_path)
+        resolved = resolve_run(config, command, ckpt_path)
         os.environ[FOLDER_VARIABLE] = str(resolved.folder)
         return resolved
 
@@ -154,18 +161,23 @@ class QLoRACLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
+            if not self.resolved.is_resumed:
+                shutil.rmtree(self.resolved.folder, ignore_errors=True)
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
 
     def _tensorboard(self) -> TensorBoardLogger:
         resumed = self.resolved.checkpoint if self.resolved.is_resumed else None
-        # What an interrupted run logged from its checkpoint on is logged again.
-        purge = {} if resumed is None else {"purge_step": step_of(resumed)}
         return TensorBoardLogger(
-            self.resolved.folder, name="", version="", default_hp_metric=False, **purge
+            self.resolved.folder,
+            name="",
+            version="",
+            default_hp_metric=False,
+            # What an interrupted run logged from its checkpoint on is logged again.
+            purge_step=None if resumed is None else step_of(resumed),
         )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        essential = [RunMetrics()]
+        essential: list[Any] = [RunMetrics()]
         if self.subcommand == "predict":
             essential.append(PredictionWriter())
         return super()._instantiate_trainer(config, [*essential, *callbacks])
@@ -179,9 +191,20 @@ class QLoRACLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
+            self._forget_if_nothing_happened()
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
+        except QLoRAError:
+            self._forget_if_nothing_happened()
+            raise
         if self.trainer.is_global_zero:
             print(f"{subcommand}: {self.resolved.folder}")
+
+    def _forget_if_nothing_happened(self) -> None:
+        """Remove the folder of a run that failed before it wrote a number."""
+        folder = self.resolved.folder
+        is_started = any((folder / name).exists() for name in ("metrics.csv", "checkpoints"))
+        if self.trainer.is_global_zero and not self.resolved.is_resumed and not is_started:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class RunReader(QLoRACLI):

@@ -13,7 +13,14 @@ A sentence says what is wrong, where, and what to do; the value is quoted as the
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, or a full stop."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else "."
 
 
 class QLoRAError(Exception):

@@ -1,7 +1,7 @@
 """Files that are whole or absent: written under a temporary name, flushed to disk, then renamed.
 
 A run may be killed at any byte, and a disk may fill up; what was good before must be good after.
-Content is serialised to memory first, so that every byte passes through ``write_atomic``.
+Content is serialised to memory first, so that every byte passes through one function of ours.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,15 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises:
         TrainingStoppedError: if the disk is full or the folder cannot be written to.
     """
-    content = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    # A random name: machines that share a disk may run processes of the same number.
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(temporary, data)
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise TrainingStoppedError(_why_not_written(path, error)) from error
 
 
@@ -76,7 +75,9 @@ def write_folder_atomic(folder: Path, files: Mapping[str, bytes | str]) -> None:
     try:
         temporary.chmod(0o755)  # mkdtemp makes folders that only their owner may read
         for name, content in files.items():
-            write_atomic(temporary / name, content)
+            _write_synced(temporary / name, content)
+        for parent in {(temporary / name).parent for name in files} | {temporary}:
+            _sync_folder(parent)
         temporary.rename(folder)
         _sync_folder(folder.parent)
     except OSError as error:
@@ -98,6 +99,14 @@ def serialize(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def _write_synced(path: Path, data: bytes | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

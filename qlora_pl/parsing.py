@@ -6,7 +6,6 @@ keys first, and rewords the rest.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qlora_pl.errors import ConfigurationError
+from qlora_pl.errors import ConfigurationError, did_you_mean
 
 
 def unknown_keys(parser: Any, words: list[str]) -> list[str]:
@@ -48,7 +47,7 @@ def _load(path: str) -> Any:
     file = Path(path)
     if not path or not file.is_file():
         names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise ConfigurationError(f"--config: no file '{path}'{_nearest(file.name, names)}.")
+        raise ConfigurationError(f"--config: no file '{path}'{did_you_mean(file.name, names)}")
     try:
         content = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -69,17 +68,6 @@ def _keys(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{name}.")
 
 
-def _unknown(keys: Iterator[str], known: set[str]) -> Iterator[str]:
-    groups = {prefix for name in known for prefix in _prefixes(name)}
-    reported: list[str] = []
-    for key in keys:
-        inside = any(parent in known or parent in reported for parent in _prefixes(key))
-        if key in known or key in groups or inside:
-            continue
-        reported.append(key)
-        yield _no_such_key(key, known)
-
-
 def _not_groups(content: dict[Any, Any], known: set[str], prefix: str = "") -> Iterator[str]:
     """Groups that were given a single value, which jsonargparse would pass over in silence."""
     groups = {parent for name in known for parent in _prefixes(name)}
@@ -98,33 +86,39 @@ def _not_groups(content: dict[Any, Any], known: set[str], prefix: str = "") -> I
             yield f"'{name}' has keys of its own ({', '.join(keys)}), got {value!r}."
 
 
+def _unknown(keys: Iterator[str], known: set[str]) -> Iterator[str]:
+    """A sentence for each key without a home, at the first part of it that is unknown."""
+    groups = {parent for name in known for parent in _prefixes(name)}
+    reported: set[str] = set()
+    for key in keys:
+        for part in [*_prefixes(key), key]:
+            if part in groups:
+                continue
+            if part not in known and part not in reported:
+                reported.add(part)
+                yield _no_such_key(part, key, known)
+            break
+
+
+def _no_such_key(part: str, key: str, known: set[str]) -> str:
+    group, _, leaf = part.rpartition(".")
+    prefix = f"{group}." if group else ""
+    siblings = {
+        name.removeprefix(prefix).split(".")[0] for name in known if name.startswith(prefix)
+    }
+    sentence = f"{repr(group) if group else 'a run'} has no key '{leaf}'"
+    end = did_you_mean(leaf, sorted(siblings))
+    if end != ".":
+        return sentence + end
+    last = key.rpartition(".")[2]  # the right word in the wrong group
+    if homes := sorted(name for name in known if name.rpartition(".")[2] == last):
+        return f"{sentence}; did you mean '{homes[0]}'?"
+    return f"{sentence} (it has {', '.join(sorted(siblings))})."
+
+
 def _prefixes(key: str) -> list[str]:
     parts = key.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
-
-
-def _no_such_key(key: str, known: set[str]) -> str:
-    group, _, leaf = key.rpartition(".")
-    siblings = {
-        name.removeprefix(f"{group}." if group else "").split(".")[0]
-        for name in known
-        if not group or name.startswith(f"{group}.")
-    }
-    where = f"'{group}'" if group else "a run"
-    hint = _nearest(leaf, sorted(siblings))
-    if not hint:  # right word, wrong group
-        homes = sorted(name for name in known if name.rpartition(".")[2] == leaf)
-        hint = (
-            f"; did you mean '{homes[0]}'?" if homes else f" (it has {', '.join(sorted(siblings))})"
-        )
-    return f"{where} has no key '{leaf}'{hint}".rstrip("?.") + (
-        "?" if "did you mean" in hint else "."
-    )
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 TYPES = {
@@ -160,8 +154,9 @@ def _value_problem(lines: list[str]) -> str:
     given = next((e.split(":", 1)[1].strip() for e in errors if e.startswith("Given value:")), "")
     for error in errors:
         if found := re.match(r"Expected an? (.*)\. Got value: (.*)", error):
-            hint = _nearest_literal(*found.groups()) or "."
-            return f"expected {_type_name(found[1])}, got '{found[2]}'{hint}"
+            options = re.findall(r"'([^']+)'", found[1]) if "Literal" in found[1] else []
+            end = did_you_mean(found[2], options)
+            return f"expected {_type_name(found[1])}, got '{found[2]}'{end}"
         if found := re.match(r"Option '(.*)' is not accepted", error):
             return f"the class has no argument '{found[1]}' (in {given})."
         if error.startswith("Unable to load config"):
@@ -185,8 +180,3 @@ def _type_name(name: str) -> str:
         return f"one of {found[1].replace(chr(39), '')}"
     short = re.sub(r"<class '(.*)'>", r"\1", name).split(".")[-1]
     return TYPES.get(short, short)
-
-
-def _nearest_literal(wanted: str, given: str) -> str:
-    options = re.findall(r"'([^']+)'", wanted) if "Literal" in wanted else []
-    return _nearest(given, options)

@@ -97,7 +97,7 @@ class InstructionDataModule(LightningDataModule):
         self.max_lost_ratio = max_lost_ratio
         self.train_on_prompt = train_on_prompt
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.group_by_length = group_by_length
         self.val_size = val_size
         self.val_seed = val_seed
@@ -116,7 +116,7 @@ class InstructionDataModule(LightningDataModule):
             (self.max_length >= 2, f"max_length: must be at least 2, got {self.max_length}."),
             (self.batch_size >= 1, f"batch_size: must be at least 1, got {self.batch_size}."),
             (
-                self.eval_batch_size >= 1,
+                self.eval_batch_size >= 1 or self.eval_batch_size == self.batch_size,
                 f"eval_batch_size: must be at least 1, got {self.eval_batch_size}.",
             ),
             (

@@ -11,6 +11,7 @@ base by content, in which quantisation, under which template, and the SHA-256 of
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ def write_adapter_folder(
     Args:
         folder: Must not exist yet.
         model: The PEFT model.
-        tokenizer: Saved beside it.
+        tokenizer: Saved beside it; None: none is.
         manifest: What it is; the digests are filled in here.
         run_yaml: The configuration that trained it.
         held_out: Arrays of encoded rows, or None.
@@ -99,16 +100,17 @@ def write_adapter_folder(
 
 def _small_files(model: Any, tokenizer: Any, manifest: AdapterManifest) -> dict[str, bytes]:
     """What PEFT and the tokenizer write by themselves, read back from a temporary folder."""
-    peft_config = model.peft_config["default"]
-    was = (peft_config.base_model_name_or_path, peft_config.inference_mode)
+    peft_config = copy.copy(model.peft_config["default"])
     peft_config.base_model_name_or_path = manifest.base["name"]  # not the folder of packed weights
     peft_config.revision = manifest.base["revision"]
     peft_config.inference_mode = True
     with tempfile.TemporaryDirectory() as temporary:
         peft_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        peft_config.base_model_name_or_path, peft_config.inference_mode = was
-        return {path.name: path.read_bytes() for path in sorted(Path(temporary).iterdir())}
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        # At any depth: further chat templates go into a folder of their own.
+        paths = [path for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
+        return {str(path.relative_to(temporary)): path.read_bytes() for path in paths}
 
 
 def read_adapter_folder(folder: Path) -> AdapterManifest:

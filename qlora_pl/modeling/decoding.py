@@ -62,7 +62,7 @@ class DecodingConfig:
             arguments |= {
                 "temperature": self.temperature,
                 "top_p": self.top_p,
-                "top_k": self.top_k or None,
+                "top_k": self.top_k,  # 0, not None, which transformers would read as its 50
             }
         return arguments
 
@@ -87,19 +87,35 @@ def generate_answers(
     """
     from transformers import GenerationConfig  # slow to import
 
-    # A fresh configuration: the folder's own generation_config.json may sample.
     generation = GenerationConfig(
         **config.for_transformers(),
         eos_token_id=sorted(stop_ids),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), _without_own_settings(model), torch.no_grad():
         output = model.generate(  # type: ignore[operator]
             input_ids=input_ids, attention_mask=attention_mask, generation_config=generation
         )
     answers = output[:, input_ids.shape[1] :].tolist()
     return [tokenizer.decode(_until_stop(ids, stop_ids)).strip() for ids in answers]
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Hide the base's generation_config.json, from which transformers fills what is not given.
+
+    Its repetition penalties and suppressed tokens would apply without being named anywhere.
+    """
+    from transformers import GenerationConfig  # slow to import
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:

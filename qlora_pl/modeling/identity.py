@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_pl.errors import ConfigurationError
+from qlora_pl.errors import ConfigurationError, TrainingStoppedError
 from qlora_pl.files import sha256_file, write_json
+
+logger = logging.getLogger(__name__)
 
 # Keys of config.json that say who wrote the file rather than what the model computes.
 VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
@@ -106,7 +109,8 @@ def _snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path:
                 name,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"],
+                ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
             )
         )
     except Exception as error:  # the client raises a dozen unrelated types
@@ -117,15 +121,23 @@ def _snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order of their names.
+    """The safetensors files that transformers reads from a folder, in order of their names.
 
     Raises:
         ConfigurationError: if there is none; pickled weights are refused, since loading one runs
             whatever code it holds.
     """
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigurationError(
+                f"model.model_name_or_path: '{index}' is no index of weights; fetch it again."
+            ) from error
         files = [folder / name for name in names]
         if missing := [path.name for path in files if not path.is_file()]:
             raise ConfigurationError(
@@ -133,13 +145,11 @@ def weight_files(folder: Path) -> list[Path]:
                 "names; fetch it again."
             )
         return files
-    if files := sorted(folder.glob("*.safetensors")):
-        return files
     pickled = sorted(folder.glob("*.bin"))
     hint = (
         "its weights are pickled (.bin); convert them once with transformers' save_pretrained"
         if pickled
-        else "it has no .safetensors file"
+        else "it has no model.safetensors"
     )
     raise ConfigurationError(f"model.model_name_or_path: '{folder}' cannot be loaded: {hint}.")
 
@@ -149,6 +159,8 @@ def _config_digest(path: Path) -> str:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigurationError(f"model.model_name_or_path: '{path}' is not JSON.") from error
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"model.model_name_or_path: '{path}' holds no settings.")
     lasting = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
@@ -157,12 +169,23 @@ def _tensor_digests(path: Path, known: Path) -> dict[str, str]:
     """Digest of each tensor; remembered by path, size and modification time of the file."""
     status = path.stat()
     signature = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    return _remembered(known, signature, lambda: dict(_hash_tensors(path)))
+
+
+def _remembered(
+    known: Path, signature: str, compute: Callable[[], dict[str, str]]
+) -> dict[str, str]:
+    """What was computed under this signature before, or now; a memory that fails is no error."""
     memory = known / f"{hashlib.sha256(signature.encode()).hexdigest()[:32]}.json"
-    if memory.is_file():
+    try:
         remembered: dict[str, str] = json.loads(memory.read_text())
         return remembered
-    digests = dict(_hash_tensors(path))
-    write_json(memory, digests)
+    except (OSError, ValueError):
+        digests = compute()
+    try:
+        write_json(memory, digests)
+    except TrainingStoppedError as error:  # a home that is read-only or full
+        logger.warning("The fingerprint will be computed again at the next start (%s)", error)
     return digests
 
 
@@ -204,8 +227,12 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
             header: dict[str, Any] = json.loads(file.read(length)) if length < size else {}
         except ValueError:
             header = {}
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if not ends or 8 + length + max(ends) != size:
+    try:
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = max(entry["data_offsets"][1] for entry in entries)
+    except (ValueError, KeyError, TypeError, AttributeError):  # JSON, but no table of tensors
+        end = -1
+    if 8 + length + end != size:
         raise ConfigurationError(
             f"model.model_name_or_path: '{path}' is damaged or incomplete; fetch it again."
         )
@@ -216,9 +243,4 @@ def file_digest(path: Path, known: Path) -> str:
     """SHA-256 of a file, remembered like a tensor's (a 65B's packed weights are 35 GB)."""
     status = path.stat()
     signature = f"file|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-    memory = known / f"{hashlib.sha256(signature.encode()).hexdigest()[:32]}.json"
-    if memory.is_file():
-        return str(json.loads(memory.read_text())["sha256"])
-    digest = sha256_file(path)
-    write_json(memory, {"sha256": digest})
-    return digest
+    return _remembered(known, signature, lambda: {"sha256": sha256_file(path)})["sha256"]

@@ -7,19 +7,20 @@ made from the model's structure first, and what was loaded is held against it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from qlora_pl.errors import ConfigurationError, HardwareError
-from qlora_pl.files import TEMPORARY_PREFIX, write_json
+from qlora_pl.errors import ConfigurationError, HardwareError, TrainingStoppedError
+from qlora_pl.files import TEMPORARY_PREFIX, sha256_file, write_json
 from qlora_pl.modeling.identity import BaseIdentity, cache_root, file_digest
 from qlora_pl.modeling.quantization import QuantizationConfig, resolve_compute_dtype
 from qlora_pl.modeling.structure import Role, head_name, matches, matrices
@@ -34,8 +35,8 @@ CACHE_FORMAT = 1
 class QuantizationPlan:
     """What is to become of every weight matrix of a base."""
 
-    quantized: tuple[str, ...]
-    """Parameters to be packed."""
+    quantized: dict[str, tuple[int, ...]]
+    """Parameters to be packed, and their shapes."""
     kept: dict[str, Role]
     """Parameters that stay as they are, and why (``linear``: listed in ``skip_modules``)."""
     head: str | None
@@ -73,7 +74,9 @@ def build_skeleton(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             skeleton: nn.Module = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attn_implementation
+                config,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
             )
     except Exception as error:  # an unknown architecture raises KeyError, ValueError, ImportError
         raise ConfigurationError(
@@ -93,15 +96,15 @@ def plan_quantization(skeleton: nn.Module, config: QuantizationConfig) -> Quanti
     Raises:
         ConfigurationError: naming entries of ``skip_modules`` that match nothing.
     """
-    quantized: list[str] = []
+    quantized: dict[str, tuple[int, ...]] = {}
     kept: dict[str, Role] = {}
     unmatched = set(config.skip_modules)
-    for name, _, role in matrices(skeleton):
+    for name, parameter, role in matrices(skeleton):
         owner = name.rpartition(".")[0]
         listed = [entry for entry in config.skip_modules if matches(owner, [entry])]
         unmatched -= set(listed)
         if config.is_quantized and role in ("linear", "other") and not listed:
-            quantized.append(name)
+            quantized[name] = tuple(parameter.shape)
         else:
             kept[name] = role
     if unmatched:
@@ -109,7 +112,7 @@ def plan_quantization(skeleton: nn.Module, config: QuantizationConfig) -> Quanti
             f"model.quantization.skip_modules: no weight matrix belongs to "
             f"{', '.join(sorted(unmatched))}; write a module's name or the last part of it."
         )
-    return QuantizationPlan(tuple(quantized), kept, head_name(skeleton))
+    return QuantizationPlan(quantized, kept, head_name(skeleton))
 
 
 def load_base(
@@ -156,7 +159,7 @@ def load_base(
     if device.type == "cpu":
         refuse_misread_widths(model, plan)
     if keep_copy and not is_from_cache:
-        _write_packed(model, packed, cache_dir)
+        _write_packed(model, packed)
     keep_gradients_on_cpu(model)
     model.requires_grad_(False)
     return LoadedBase(model, plan, dtype, is_from_cache)
@@ -167,17 +170,22 @@ def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, **arguments
+            folder,
+            output_loading_info=True,
+            use_safetensors=True,  # what the fingerprint was made of
+            ignore_mismatched_sizes=True,  # they are in ``info``
+            **arguments,
         )
     except torch.OutOfMemoryError as error:
         raise HardwareError(
             "The base does not fit into this device's memory while loading; choose a smaller base, "
             "model.quantization.quant_type: nf4 with double_quant, or a larger device."
         ) from error
-    if missing := [*info["missing_keys"], *map(str, info["mismatched_keys"])]:
+    mismatched = [f"{name} in this shape" for name, *_ in info["mismatched_keys"]]
+    if missing := sorted([*info["missing_keys"], *mismatched]):
         raise ConfigurationError(
             f"model.model_name_or_path: '{folder}' does not hold {len(missing)} of the weights its "
-            f"config.json asks for ({', '.join(sorted(missing)[:3])}); they would have been random."
+            f"config.json asks for ({', '.join(missing[:3])}); they would have been random."
         )
     loaded: nn.Module = model
     return loaded
@@ -207,11 +215,16 @@ def account_for(model: nn.Module, plan: QuantizationPlan, config: QuantizationCo
         ConfigurationError: naming the matrices that are not what was asked for.
     """
     wrong = []
-    for name in plan.quantized:
+    for name, shape in plan.quantized.items():
         weight = model.get_parameter(name)
         state = getattr(weight, "quant_state", None)
         if state is None:
             wrong.append(f"{name} ({str(weight.dtype).split('.')[-1]})")
+        elif sorted(state.shape) != sorted(shape):  # sorted: GPT-2's are packed transposed
+            raise ConfigurationError(
+                f"model.model_name_or_path: '{name}' has the shape {tuple(state.shape)} on disk, and "
+                f"config.json asks for {shape}; they are not of the same model."
+            )
         elif state.quant_type != config.quant_type or state.nested != config.double_quant:
             wrong.append(f"{name} ({state.quant_type}, double_quant {state.nested})")
     if wrong:
@@ -235,7 +248,7 @@ def refuse_misread_widths(model: nn.Module, plan: QuantizationPlan) -> None:
     misread = [
         (name, state.shape[-1])
         for name in plan.quantized
-        if (state := model.get_parameter(name).quant_state).shape[-1] % 64
+        if (state := cast(Any, model.get_parameter(name)).quant_state).shape[-1] % 64
         and state.shape[-1] % 16 == 0
     ]
     if misread:
@@ -265,7 +278,7 @@ def prepare_for_training(model: nn.Module, gradient_checkpointing: bool) -> None
     ``from_pretrained`` returns a model in evaluation mode and Lightning never changes that, so
     dropout and gradient checkpointing would be off without a word.
     """
-    model.config.use_cache = False
+    cast(Any, model).config.use_cache = False
     if gradient_checkpointing:
         # Not reentrant: works without input gradients, and under DDP marks no parameter twice.
         options = {"use_reentrant": False}
@@ -291,6 +304,7 @@ def packed_folder(
     The kind of device is part of it: bitsandbytes rounds the 8-bit constants on a grid on CPUs (0.2
     % of them come out one code off), and breaks FP4's ties differently.
     """
+    skipped = hashlib.sha256(json.dumps(sorted(config.skip_modules)).encode()).hexdigest()[:12]
     parts = [
         identity.fingerprint[:20],
         config.quant_type,
@@ -299,7 +313,8 @@ def packed_folder(
         str(dtype).split(".")[-1],
         device.type,
         f"v{CACHE_FORMAT}",
-        *sorted(config.skip_modules),
+        # a digest, because the names of many modules are longer than a folder's name may be
+        *([f"skip-{skipped}"] if config.skip_modules else []),
     ]
     return cache_root(cache_dir) / "packed" / "-".join(parts)
 
@@ -310,7 +325,11 @@ def verify_packed(folder: Path, cache_dir: str | None) -> bool:
     if not record.is_file():
         return False
     known = cache_root(cache_dir) / "fingerprints"
-    for name, digest in json.loads(record.read_text())["files"].items():
+    try:
+        files: dict[str, str] = json.loads(record.read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        files = {record.name: "unreadable"}
+    for name, digest in files.items():
         path = folder / name
         if not path.is_file() or file_digest(path, known) != digest:
             logger.warning("'%s' was altered since it was written; quantising again.", path)
@@ -319,8 +338,10 @@ def verify_packed(folder: Path, cache_dir: str | None) -> bool:
     return True
 
 
-def _write_packed(model: nn.Module, folder: Path, cache_dir: str | None) -> None:
+def _write_packed(model: nn.Module, folder: Path) -> None:
     """Keep the packed weights for the next start; a cache that cannot be written is no error."""
+    from safetensors import SafetensorError
+
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) * 1.1
     root = folder.parent
     try:
@@ -330,13 +351,13 @@ def _write_packed(model: nn.Module, folder: Path, cache_dir: str | None) -> None
             return
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=root))
         model.save_pretrained(temporary)  # type: ignore[operator]
-        known = cache_root(cache_dir) / "fingerprints"
-        digests = {p.name: file_digest(p, known) for p in sorted(temporary.iterdir())}
+        digests = {p.name: sha256_file(p) for p in sorted(temporary.iterdir())}
         write_json(temporary / "packed.json", {"format": CACHE_FORMAT, "files": digests})
         temporary.chmod(0o755)
-        temporary.rename(folder)  # fails if another process was faster, which is as good
-    except OSError as error:
-        logger.warning("The packed weights were not kept in '%s' (%s).", root, error)
+        temporary.rename(folder)
+    except (OSError, SafetensorError, TrainingStoppedError) as error:
+        if not folder.exists():  # it does if another process was faster, which is as good
+            logger.warning("The packed weights were not kept in '%s' (%s).", root, error)
     finally:
         if "temporary" in locals():
             shutil.rmtree(temporary, ignore_errors=True)

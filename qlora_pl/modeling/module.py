@@ -427,7 +427,7 @@ class QLoRAModule(LightningModule):
         prefix = kwargs.get("prefix", "")
         return {f"{prefix}{name}": p.detach() for name, p in self.trained_tensors().items()}
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> None:
         """Copy trained tensors in; their names and shapes must be exactly this module's.

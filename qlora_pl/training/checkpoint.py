@@ -207,7 +207,7 @@ class AdapterCheckpoint(Checkpoint):
 
     def _save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         boundary = self._boundary
-        if boundary is None or not self._is_due or trainer.fast_dev_run:
+        if boundary is None or not self._is_due:
             return
         self._is_due = False
         if boundary.step in self.saved_steps:

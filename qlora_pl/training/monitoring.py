@@ -97,7 +97,8 @@ class RunMetrics(Callback):
         self._add(step)
         pl_module.log("train/loss", step.loss, prog_bar=True, logger=False)
         self.last["train/loss"] = step.loss
-        if trainer.global_step == 1 or trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step == 1 or trainer.global_step % every == 0:
             self._row |= self._training_row(trainer, step)
 
     def _add(self, step: StepStatistics) -> None:
@@ -135,7 +136,7 @@ class RunMetrics(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``metrics.json``; Lightning comes here only when the command went well."""
         self._close_window()
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero:
             write_json(self.folder / "metrics.json", self._summary(trainer, pl_module, stage))
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class RunMetrics(Callback):
         values = {name: value for name, value in row.items() if name != "step"}
         for log in trainer.loggers:
             log.log_metrics(values, step=step)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero:
             self._append_to_table(row)
 
     # -- metrics.csv -----------------------------------------------------------------------------

