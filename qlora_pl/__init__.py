@@ -1,3 +1,38 @@
-"""QLoRA in PyTorch Lightning: a 4-bit base, LoRA adapters, one YAML per experiment."""
+"""QLoRA in PyTorch Lightning: a 4-bit base, LoRA adapters, one YAML per experiment.
+
+The public names are imported on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterCheckpoint": "qlora_pl.training.checkpoint",
+    "DecodingConfig": "qlora_pl.modeling.decoding",
+    "InstructionDataModule": "qlora_pl.data.datamodule",
+    "LoRAConfig": "qlora_pl.modeling.adapters",
+    "OptimizerConfig": "qlora_pl.modeling.optimizers",
+    "QLoRAError": "qlora_pl.errors",
+    "QLoRAModule": "qlora_pl.modeling.module",
+    "QuantizationConfig": "qlora_pl.modeling.quantization",
+    "RunMetrics": "qlora_pl.training.monitoring",
+    "SampleWriter": "qlora_pl.training.samples",
+    "ScheduleConfig": "qlora_pl.modeling.optimizers",
+    "SourceConfig": "qlora_pl.data.sources",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'qlora_pl' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

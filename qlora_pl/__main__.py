@@ -87,6 +87,7 @@ def quieten() -> None:
         ".*smaller than the logging interval",
         "Found .* module.* in eval mode at the start",
         ".*`weights_only` was not set",
+        "Total length of `list` across ranks is zero",  # no validation rows were asked for
         "The `srun` command is available on your system",
     ):
         warnings.filterwarnings("ignore", message=useless)

@@ -133,7 +133,7 @@ class QLoRACLI(LightningCLI):
         run = complete(self.config[self.subcommand])
         if problems := check_run(run):
             raise ConfigurationError(problems)
-        config = RunConfig(**vars(run.run))
+        config = RunConfig(**settings(run.run))
         if self.subcommand == "fit" and (done := completed_run(config, run.ckpt_path, run.trainer)):
             print(f"The run in '{done}' is complete; nothing to resume.")
             sys.exit(0)
@@ -255,18 +255,20 @@ def complete(run: Namespace) -> Namespace:
 
 def check_run(run: Namespace) -> list[str]:
     """Every problem of a parsed run that can be found without reading rows or weights."""
-    model, samples = vars(run.model), vars(run.samples)
+    model, samples = settings(run.model), settings(run.samples)
     groups: list[Callable[[], Any]] = [
-        lambda: QuantizationConfig(**vars(model["quantization"])),
-        lambda: LoRAConfig(**vars(model["lora"])),
-        lambda: OptimizerConfig(**vars(model["optimizer"])),
-        lambda: ScheduleConfig(**vars(model["schedule"])),
-        lambda: DecodingConfig(**vars(model["decoding"])),
+        lambda: QuantizationConfig(**settings(model["quantization"])),
+        lambda: LoRAConfig(**settings(model["lora"])),
+        lambda: OptimizerConfig(**settings(model["optimizer"])),
+        lambda: ScheduleConfig(**settings(model["schedule"])),
+        lambda: DecodingConfig(**settings(model["decoding"])),
         lambda: _check_base(model["model_name_or_path"]),
-        lambda: InstructionDataModule(**vars(run.data)),
-        lambda: AdapterCheckpoint(**vars(run.checkpoint)),
-        lambda: SampleWriter(**samples | {"decoding": DecodingConfig(**vars(samples["decoding"]))}),
-        lambda: RunConfig(**vars(run.run)),
+        lambda: InstructionDataModule(**settings(run.data)),
+        lambda: AdapterCheckpoint(**settings(run.checkpoint)),
+        lambda: SampleWriter(
+            **samples | {"decoding": DecodingConfig(**settings(samples["decoding"]))}
+        ),
+        lambda: RunConfig(**settings(run.run)),
         lambda: _check_trainer(run.trainer),
     ]
     problems: list[str] = []
@@ -276,6 +278,11 @@ def check_run(run: Namespace) -> list[str]:
         except ConfigurationError as error:
             problems += error.problems
     return problems
+
+
+def settings(group: Namespace) -> dict[str, Any]:
+    """The keys of a group, without what the parser notes besides (the file it came from)."""
+    return {key: value for key, value in vars(group).items() if not key.startswith("__")}
 
 
 def _check_base(name: str) -> None:

@@ -2,7 +2,7 @@
 
 The loader's index is a key (epoch, step, micro-batch), and the rows behind a key can be computed by
 anyone at any time. So resuming needs one integer, workers change nothing, and no generator has to
-be saved. A step's rows depend on the global batch alone, not on how devices and accumulation cut it.
+be saved. A step's rows depend on the global batch alone, not on how devices and micro-batches cut it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Message:
     role: Role
     content: str
     context: str = ""
-    """What an instruction refers to (Alpaca's ``input`` column); each template has a place for it."""
+    """What an instruction refers to (Alpaca's ``input`` column); every template has a place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Segments -> token ids and labels, with a count of everything that was cut.
 
-The rendered text is tokenised once, as a whole, and labels come from the characters that each token
-covers: tokenising the pieces apart would put SentencePiece's leading space into the middle of a row.
+The rendered text is tokenised once, as a whole, and labels come from the characters that each
+token covers: pieces tokenised apart would put SentencePiece's leading space into the middle of a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qlora_pl.errors import ConfigurationError
 
 Overlong = Literal["cut", "drop", "error"]
 TOKENIZER_CHUNK = 512
-"""Rows handed to the tokenizer at a time; batched calls are about 1.5 times faster than single ones."""
+"""Rows handed to the tokenizer at a time; batched calls are about 1.5 times faster than single."""
 
 
 class EncodedExample(NamedTuple):
@@ -64,8 +64,8 @@ def load_tokenizer(name: str, revision: str | None = None, cache_dir: str | None
         ) from error
     if not tokenizer.is_fast:
         raise ConfigurationError(
-            f"data.tokenizer: '{name}' has no fast tokenizer, which labels need (character offsets); "
-            "convert it once with transformers and save it."
+            f"data.tokenizer: '{name}' has no fast tokenizer, which labels need (character "
+            "offsets); convert it once with transformers and save it."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -132,8 +132,10 @@ class Encoder:
             trained_characters[start + 1 : end + 1] = segment.is_trained or self.train_on_prompt
             start = end
         spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-        is_trained = trained_characters[spans[:, 1]] & (spans[:, 1] > spans[:, 0])
-        begins_untrained = ~trained_characters[np.minimum(spans[:, 0] + 1, len(text))]
+        is_trained = trained_characters[spans[:, 1]]
+        # GPT-NeoX's and RoBERTa's tokenizers trim spaces off a span: a token of spaces has an empty
+        # one, at its end, and is trained like any other.
+        begins_untrained = ~trained_characters[np.minimum(spans[:, 0] + 1, spans[:, 1])]
         bos = self._bos(text)
         input_ids = np.asarray([*bos, *ids], dtype=np.int32)
         is_trained = np.concatenate([np.zeros(len(bos), dtype=bool), is_trained])
@@ -222,7 +224,7 @@ class EncodedRows:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of ids, labels and boundaries: what a run trained on, whatever the file's name."""
+        """SHA-256 of ids, labels and boundaries: what a run trained on, whatever its file's name."""
         digest = hashlib.sha256()
         for array in (self.input_ids, self.is_trained, self.starts):
             digest.update(np.ascontiguousarray(array).tobytes())

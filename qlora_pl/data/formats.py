@@ -39,6 +39,12 @@ def _text(row: Row, column: str, default: str | None = None) -> str:
         raise RowError(f"no '{column}' field; found {found}")
     if not isinstance(value, str):
         raise RowError(f"'{column}' holds {type(value).__name__} {value!r:.60}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may spell one; no tokenizer takes it
+        raise RowError(
+            f"'{column}' holds half of a surrogate pair (character {error.start + 1})"
+        ) from error
     return value
 
 

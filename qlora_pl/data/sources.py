@@ -49,9 +49,19 @@ class SourceConfig:
                 f"data.sources ({self.path}): no format is called '{self.format}'"
                 f"{nearest(self.format, FORMATS)}."
             )
-        if self.limit is not None and self.limit < 1:
+        if self.limit is not None and not isinstance(self.limit, int):
+            problems.append(
+                f"data.sources ({self.path}): limit must be a whole number, got {self.limit!r}."
+            )
+        elif self.limit is not None and self.limit < 1:
             problems.append(
                 f"data.sources ({self.path}): limit must be at least 1, got {self.limit}."
+            )
+        if not isinstance(self.columns, dict) or not all(
+            isinstance(name, str) for name in (*self.columns, *self.columns.values())
+        ):
+            problems.append(
+                f"data.sources ({self.path}): columns must be {{NEW: OLD}}, got {self.columns!r}."
             )
         if problems:
             raise ConfigurationError(problems)
@@ -61,20 +71,20 @@ class SourceConfig:
         """Whether this names a file rather than a dataset of the Hub."""
         return Path(self.path).suffix.lower() in SUFFIXES or Path(self.path).exists()
 
-    def problem(self) -> str | None:
+    def problem(self, key: str = "data.sources") -> str | None:
         """One sentence on why this cannot be read, found without reading it; or None."""
         path = Path(self.path).expanduser()
         if not self.is_local:
             if self.path.count("/") > 1 or self.path.startswith((".", "/", "~")):
-                return f"data.sources: no file '{self.path}'."
+                return f"{key}: no file '{self.path}'."
             return None
         if path.is_dir():
-            return f"data.sources: '{self.path}' is a folder; name a file in it."
+            return f"{key}: '{self.path}' is a folder; name a file in it."
         if not path.exists():
             names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            return f"data.sources: no file '{self.path}'{nearest(path.name, names)}."
+            return f"{key}: no file '{self.path}'{nearest(path.name, names)}."
         if path.suffix.lower() not in SUFFIXES:
-            return f"data.sources: '{self.path}' is none of {', '.join(SUFFIXES)}."
+            return f"{key}: '{self.path}' is none of {', '.join(SUFFIXES)}."
         return None
 
 
@@ -116,16 +126,24 @@ class RowSources:
         if value is None:
             return NO_ROWS
         if isinstance(value, str) and value[:1] in ("[", "{"):  # a list or mapping in a flag
-            value = yaml.safe_load(value)
+            value = _parse_flag(value, key)
+        is_dataset = hasattr(value, "column_names")
+        if is_dataset and isinstance(value, dict):
+            names = ", ".join(f"'{name}'" for name in value)
+            raise ConfigurationError(
+                f"{key}: a {type(value).__name__} holds several splits; name one of {names}."
+            )
         if isinstance(value, str | Path | SourceConfig | dict):
             value = [value]
-        if not isinstance(value, Sequence) and not hasattr(value, "column_names"):
+        if not isinstance(value, Sequence) and not (is_dataset and hasattr(value, "__len__")):
             raise ConfigurationError(
-                f"{key}: expected a file, a Hub name or a list, got {value!r}."
+                f"{key}: expected a file, a Hub name or a list, got "
+                f"{' '.join(repr(value).split()):.60}."
             )
         if len(value) == 0:
             raise ConfigurationError(f"{key}: the list is empty; name at least one file.")
-        if allow_rows and isinstance(value[0], Mapping) and "path" not in value[0]:
+        is_row = isinstance(value[0], Mapping) and (is_dataset or "path" not in value[0])
+        if allow_rows and is_row:
             return cls(rows=value)
         return cls(tuple(_parse_source(item, key) for item in value))
 
@@ -148,13 +166,22 @@ class RowSources:
     def __bool__(self) -> bool:
         return bool(self.sources) or self.rows is not None
 
-    def problems(self) -> list[str]:
+    def problems(self, key: str = "data.sources") -> list[str]:
         """Every problem that can be found without reading."""
-        return [problem for source in self.sources if (problem := source.problem())]
+        return [problem for source in self.sources if (problem := source.problem(key))]
 
 
 NO_ROWS = RowSources()
 """No source was named."""
+
+
+def _parse_flag(text: str, key: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(
+            f"{key}: '{text}' is not a list that YAML reads; write [FILE, FILE]."
+        ) from error
 
 
 def _parse_source(item: Any, key: str) -> SourceConfig:
@@ -171,9 +198,9 @@ def _parse_source(item: Any, key: str) -> SourceConfig:
                 f"{key}: a source has no setting '{name}'{nearest(str(name), known)} "
                 f"(known: {', '.join(known)})."
             )
-    if not isinstance(item.get("path"), str):
+    if not isinstance(item.get("path"), str | Path):
         raise ConfigurationError(f"{key}: {dict(item)!r} has no path; write path: FILE.")
-    return SourceConfig(**item)
+    return SourceConfig(**{**item, "path": str(item["path"])})
 
 
 class Place(NamedTuple):
@@ -196,22 +223,35 @@ def read_rows(
     """
     if sources.rows is not None:
         for number, row in enumerate(sources.rows, start=1):
-            yield Place("rows in memory", number), None, row
+            place = Place("rows in memory", number)
+            yield place, None, _mapping(row, place)
         return
     for source in sources.sources:
+        columns: set[str] = set()
         for number, row in itertools.islice(_numbered_rows(source), source.limit):
-            if not isinstance(row, Mapping):
+            place = Place(source.path, number)
+            columns.update(_mapping(row, place))
+            yield place, source, _rename(row, source)
+        for new, old in source.columns.items():
+            if columns and old not in columns:
+                found = ", ".join(f"'{name}'" for name in sorted(columns))
                 raise DatasetFormatError(
-                    f"{source.path}, row {number}: expected a mapping of columns, got {row!r:.60}."
+                    f"{source.path}: no row has a column '{old}', which columns renames to "
+                    f"'{new}'; found {found}."
                 )
-            yield Place(source.path, number), source, _rename(row, source)
+
+
+def _mapping(row: Any, place: Place) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DatasetFormatError(f"{place}: expected a mapping of columns, got {row!r:.60}.")
+    return row
 
 
 def _rename(row: Mapping[str, Any], source: SourceConfig) -> Mapping[str, Any]:
-    if not source.columns:
-        return row
-    renamed = {old: new for new, old in source.columns.items()}
-    return {renamed.get(name, name): value for name, value in row.items()}
+    """A renamed column replaces one that had its name; a row without it keeps what it has."""
+    renamed = {new: row[old] for new, old in source.columns.items() if old in row}
+    olds = source.columns.values()
+    return {name: value for name, value in row.items() if name not in olds} | renamed
 
 
 def _numbered_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
@@ -249,16 +289,27 @@ def _decode(data: bytes, place: str) -> Any:
     except UnicodeDecodeError as error:
         raise DatasetFormatError(f"{place}: not UTF-8 (byte {error.start}); convert it.") from error
     except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""  # of a .jsonl, always the first
+        hint = "; name a file with one row a line .jsonl" if line and "Extra" in error.msg else ""
         raise DatasetFormatError(
-            f"{place}: not JSON ({error.msg}, column {error.colno})."
+            f"{place}: not JSON ({error.msg}, {line}column {error.colno}){hint}."
         ) from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting that Python refuses
+        raise DatasetFormatError(f"{place}: not JSON that can be read ({error}).") from error
 
 
 def _csv(path: Path) -> Iterator[Any]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses a text of 131,073 characters
     # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column
     with path.open(encoding="utf-8-sig", newline="") as file:
+        # strict: a quote that is never closed would swallow the rest of the file as one cell
+        reader = csv.DictReader(file, strict=True)
+        number = 0
         try:
-            for number, row in enumerate(csv.DictReader(file), start=1):
+            names = list(reader.fieldnames or [])
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DatasetFormatError(f"{path}: its header has the column '{twice[0]}' twice.")
+            for number, row in enumerate(reader, start=1):
                 if None in row or None in row.values():
                     raise DatasetFormatError(
                         f"{path}, row {number}: its number of cells differs from the header's; "
@@ -268,6 +319,10 @@ def _csv(path: Path) -> Iterator[Any]:
         except UnicodeDecodeError as error:
             raise DatasetFormatError(
                 f"{path}: not UTF-8 (byte {error.start}); convert it."
+            ) from error
+        except csv.Error as error:
+            raise DatasetFormatError(
+                f"{path}, row {number + 1}: not CSV ({error}); double the quotes inside a cell."
             ) from error
 
 
@@ -279,7 +334,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:  # the second for pages that are damaged
         raise DatasetFormatError(f"{path}: not Parquet ({str(error).splitlines()[0]}).") from error
 
 

@@ -79,8 +79,8 @@ class TextTemplate(PromptTemplate):
         return "".join(segment.text for segment in self.render(asked)[:-1])
 
     def _asked(self, message: Message, is_first: bool) -> str:
-        if message.role == "system":
-            return message.content + "\n\n"
+        if message.role == "system":  # an empty one, as datasets with such a column have, is none
+            return message.content + "\n\n" if message.content else ""
         preamble = self.preamble if is_first else ""
         if not message.context:
             return preamble + self.question.format(content=message.content)
@@ -115,9 +115,15 @@ class ChatTemplate(PromptTemplate):
             }
             for message in messages
         ]
-        text = self._tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=asks
-        )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=asks
+            )
+        except Exception as error:  # whatever the template raises: a role that it does not know
+            raise ConfigurationError(
+                "data.template: the tokenizer's chat template refuses this conversation "
+                f"({error}); choose another template."
+            ) from error
         assert isinstance(text, str)
         return text
 
@@ -125,8 +131,8 @@ class ChatTemplate(PromptTemplate):
         """See ``PromptTemplate``.
 
         Raises:
-            ConfigurationError: if the template rewrites earlier turns when later ones come, so that
-                no span can be told.
+            ConfigurationError: if the template refuses the conversation, or rewrites earlier turns
+                when later ones come, so that no span can be told.
         """
         if conversation.is_plain_text:
             return [Segment(conversation.reference + self._tokenizer.eos_token, True)]
@@ -214,8 +220,8 @@ def load_template(name: str, tokenizer: Any) -> PromptTemplate:
         name = "chat" if has_chat_template else "instruction-response"
     if tokenizer.eos_token is None:
         raise ConfigurationError(
-            f"data.tokenizer: '{tokenizer.name_or_path}' has no end-of-text token, so a model could "
-            "not learn to stop; set eos_token in its tokenizer_config.json."
+            f"data.tokenizer: '{tokenizer.name_or_path}' has no end-of-text token, so a model "
+            "could not learn to stop; set eos_token in its tokenizer_config.json."
         )
     if name != "chat":
         return TextTemplate(name=name, eos_token=tokenizer.eos_token, **TEXT_TEMPLATES[name])

@@ -1,7 +1,7 @@
 """The adapter folder: the only thing that passes from training to later commands.
 
-A plain PEFT folder, which any PEFT program loads, with a manifest that says what PEFT does not: which
-base by content, in which quantisation, under which template, and the SHA-256 of every file.
+A plain PEFT folder, which any PEFT program loads, with a manifest that says what PEFT does not:
+which base by content, in which quantisation, under which template, and the SHA-256 of every file.
 
     adapter_model.safetensors  adapter_config.json       what PEFT reads
     tokenizer.json ...                                   what turns text into its tokens
@@ -43,7 +43,7 @@ class AdapterManifest:
     quantization: dict[str, Any]
     """The quantisation it was trained over, in this project's words."""
     quantization_config: dict[str, Any] | None
-    """The same as keyword arguments of transformers' ``BitsAndBytesConfig``; None: not quantised."""
+    """The same as keyword arguments of transformers' ``BitsAndBytesConfig``, or None."""
     lora: dict[str, Any]
     template: str
     """The name of the template that rendered its training rows."""

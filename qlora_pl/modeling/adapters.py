@@ -61,8 +61,8 @@ class LoRAConfig:
                 re.compile(self.target_modules)
             except re.error as error:
                 problems.append(
-                    f"model.lora.target_modules: '{self.target_modules}' is not a regular expression "
-                    f"({error})."
+                    f"model.lora.target_modules: '{self.target_modules}' is not a regular "
+                    f"expression ({error})."
                 )
         if problems:
             raise ConfigurationError(problems)
@@ -89,7 +89,7 @@ def resolve_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         config: ``target_modules`` in any of its three forms.
 
     Raises:
-        ConfigurationError: if nothing matches, a name matches nothing, or the head would be adapted.
+        ConfigurationError: if nothing matches, a name matches nothing, or the head is among them.
     """
     linear = linear_names(model)
     head = head_name(model)

@@ -115,8 +115,8 @@ def _snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path:
         )
     except Exception as error:  # the client raises a dozen unrelated types
         raise ConfigurationError(
-            f"model.model_name_or_path: '{name}' is neither a folder here nor a model that could be "
-            f"fetched from the Hub ({type(error).__name__})."
+            f"model.model_name_or_path: '{name}' is neither a folder here nor a model that could "
+            f"be fetched from the Hub ({type(error).__name__})."
         ) from error
 
 

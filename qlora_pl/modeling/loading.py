@@ -1,8 +1,8 @@
 """A base on disk -> a frozen, quantised model on one device, every weight matrix accounted for.
 
 transformers quantises tensor by tensor while it reads, so a 65B never exists in 16 bits. It also
-leaves matrices unquantised without a word (subclasses of ``nn.Linear``, fused experts); so a plan is
-made from the model's structure first, and what was loaded is held against it.
+leaves matrices unquantised without a word (subclasses of ``nn.Linear``, fused experts); so a plan
+is made from the model's structure first, and what was loaded is held against it.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ def account_for(model: nn.Module, plan: QuantizationPlan, config: QuantizationCo
             wrong.append(f"{name} ({str(weight.dtype).split('.')[-1]})")
         elif sorted(state.shape) != sorted(shape):  # sorted: GPT-2's are packed transposed
             raise ConfigurationError(
-                f"model.model_name_or_path: '{name}' has the shape {tuple(state.shape)} on disk, and "
-                f"config.json asks for {shape}; they are not of the same model."
+                f"model.model_name_or_path: '{name}' has the shape {tuple(state.shape)} on disk, "
+                f"and config.json asks for {shape}; they are not of the same model."
             )
         elif state.quant_type != config.quant_type or state.nested != config.double_quant:
             wrong.append(f"{name} ({state.quant_type}, double_quant {state.nested})")
@@ -254,9 +254,9 @@ def refuse_misread_widths(model: nn.Module, plan: QuantizationPlan) -> None:
     if misread:
         name, width = misread[0]
         raise HardwareError(
-            f"model.quantization: '{name}' has {width} inputs, no multiple of 64, which bitsandbytes "
-            f"decodes wrongly on CPUs ({len(misread)} such matrices); use a GPU, or list them in "
-            "model.quantization.skip_modules."
+            f"model.quantization: '{name}' has {width} inputs, no multiple of 64, which "
+            f"bitsandbytes decodes wrongly on CPUs ({len(misread)} such matrices); use a GPU, or "
+            "list them in model.quantization.skip_modules."
         )
 
 

@@ -1,8 +1,8 @@
 """Causal language-model loss over trained tokens: a sum, with the weight to divide it by later.
 
-The sum leaves normalisation to the whole optimizer step (all micro-batches, all devices). A mean per
-micro-batch, averaged again by accumulation and again by devices, would give tokens of short rows
-more weight and depend on how a step was cut.
+The sum leaves normalisation to the whole optimizer step (all micro-batches, all devices). A mean
+per micro-batch, averaged again by accumulation and again by devices, would give tokens of short
+rows more weight and depend on how a step was cut.
 """
 
 from __future__ import annotations

@@ -341,8 +341,8 @@ class QLoRAModule(LightningModule):
         more = f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else ""
         saved = getattr(self.trainer.checkpoint_callback, "last_checkpoint", None)
         raise TrainingStoppedError(
-            f"Step {self.trainer.global_step + 1}: {problem}, with {', '.join(rows)}{more}; nothing "
-            f"was updated, and the last good checkpoint is {saved or 'none yet'}. Lower "
+            f"Step {self.trainer.global_step + 1}: {problem}, with {', '.join(rows)}{more}; "
+            f"nothing was updated, and the last good checkpoint is {saved or 'none yet'}. Lower "
             "model.optimizer.lr, or look at these rows."
         )
 
@@ -399,7 +399,7 @@ class QLoRAModule(LightningModule):
     # -- optimizer -------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The configured optimizer over the trained tensors, and its schedule, stepped each step."""
+        """The configured optimizer over the trained tensors, and its schedule."""
         trained = self.trained_tensors()
         optimizer = build_optimizer(self.optimizer_config, list(trained.items()))
         if self._resumed is not None:

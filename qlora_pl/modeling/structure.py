@@ -19,7 +19,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix: ``nn.Linear``, its subclasses, GPT-2's ``Conv1D``."""
+    """Whether a module multiplies by a matrix: any ``nn.Linear``, or GPT-2's ``Conv1D``."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -43,20 +43,24 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:
         if parameter.ndim >= 2:
             owner_name, _, leaf = name.rpartition(".")
             owner = model.get_submodule(owner_name)
-            yield name, parameter, _role(owner, owner_name, leaf, head, num_experts)
+            is_router = _is_router(owner_name, parameter, num_experts)
+            yield name, parameter, _role(owner, owner_name, leaf, head, is_router)
 
 
-def _role(
-    owner: nn.Module, owner_name: str, leaf: str, head: str | None, num_experts: set[Any]
-) -> Role:
-    last = owner_name.rpartition(".")[2]
+def _is_router(owner_name: str, parameter: nn.Parameter, num_experts: set[Any]) -> bool:
+    # By shape, since only some families make their routers linear modules.
+    is_named_so = owner_name.rpartition(".")[2] in ROUTER_NAMES
+    return is_named_so and parameter.ndim == 2 and parameter.shape[0] in num_experts
+
+
+def _role(owner: nn.Module, owner_name: str, leaf: str, head: str | None, is_router: bool) -> Role:
     if owner_name == head:
         return "head"
     if isinstance(owner, nn.Embedding):
         return "embedding"
     if "norm" in type(owner).__name__.lower():
         return "norm"
-    if last in ROUTER_NAMES and getattr(owner, "out_features", None) in num_experts:
+    if is_router:
         return "router"
     return "linear" if is_linear(owner) and leaf == "weight" else "other"
 
