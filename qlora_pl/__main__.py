@@ -6,6 +6,7 @@ longer to import than a person waits without wondering.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -56,6 +57,11 @@ def main() -> int:
     except QLoRAError as error:
         fail(str(error))
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail("The disk is full; free some space and resume with --ckpt_path last.")
+        return 1
 
 
 def run_trainer_command() -> int:
@@ -67,6 +73,8 @@ def run_trainer_command() -> int:
     quieten()
     from qlora_pl.cli import QLoRACLI  # slow to import
 
+    for library in ("lightning.pytorch", "lightning.fabric"):  # importing it sets these to INFO
+        logging.getLogger(library).setLevel(logging.WARNING)
     QLoRACLI()  # no arguments: Lightning starts further processes with this one's
     return 0
 
@@ -78,16 +86,14 @@ def quieten() -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qlora_pl").setLevel(logging.INFO)
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
     for useless in (
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning under torch 2.13
         ".*does not have many workers",  # rows are encoded already; a worker would only cost memory
         "You're resuming from a checkpoint that ended before the epoch",  # the data module resumes
         ".*smaller than the logging interval",
         "Found .* module.* in eval mode at the start",
-        ".*`weights_only` was not set",
         "Total length of `list` across ranks is zero",  # no validation rows were asked for
+        ".*when logging on epoch level in distributed setting",  # the sums are exchanged already
         "The `srun` command is available on your system",
     ):
         warnings.filterwarnings("ignore", message=useless)

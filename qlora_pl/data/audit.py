@@ -25,20 +25,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class DataReport:
-    """What became of the rows of one split; printed at the start of a run and kept in its record."""
+    """What became of the rows of one split; logged at the start of a run."""
 
     formats: dict[str, str] = field(default_factory=dict)
     """Format used for each source, with the runner-up where it was guessed."""
     num_rows: int = 0
     num_dropped: int = 0
-    """Rows left out: too long (with ``overlong: drop``) or with no trained token left."""
+    """Rows left out: too long (with ``overlong: drop``) or with no token of an answer left."""
     num_cut: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
     num_lost_tokens: int = 0
     """Trained tokens that did not fit into ``max_length``."""
     num_unstopped: int = 0
-    """Rows whose last trained token does not end the answer."""
+    """Whole rows (not cut) whose last answer has no stop token at its end."""
     num_straddling: int = 0
     """Tokens that cover the end of a prompt and the start of its answer at once."""
     longest: int = 0
@@ -112,7 +112,7 @@ def encode_sources(
     kept: list[Conversation] = []
     stream = conversations(sources, report)
     while chunk := list(islice(stream, TOKENIZER_CHUNK)):
-        encoded = encoder.encode([conversation for _, conversation in chunk])
+        encoded = _encode(chunk, encoder)
         for (place, conversation), example in zip(chunk, encoded, strict=True):
             if _keep(example, place, encoder, overlong, report):
                 examples.append(example)
@@ -124,13 +124,25 @@ def encode_sources(
     return split
 
 
+def _encode(chunk: Sequence[tuple[Place, Conversation]], encoder: Encoder) -> list[EncodedExample]:
+    try:
+        return encoder.encode([conversation for _, conversation in chunk])
+    except ConfigurationError:
+        for place, conversation in chunk:  # once more, one by one, to name the row
+            try:
+                encoder.encode([conversation])
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{place}: {error}") from error
+        raise
+
+
 def conversations(sources: RowSources, report: DataReport) -> Iterator[tuple[Place, Conversation]]:
     """Every row as a conversation with its place; notes the formats in the report."""
-    formats: dict[str, str] = {}
+    formats: dict[int, str] = {}  # by source, not by file: two sources may read the same one
     for place, source, row in read_rows(sources):
-        if place.source not in formats:
-            formats[place.source] = _choose_format(place, source, row, report)
-        name = formats[place.source]
+        if id(source) not in formats:
+            formats[id(source)] = _choose_format(place, source, row, report)
+        name = formats[id(source)]
         try:
             conversation = FORMATS[name].convert(row)
         except RowError as error:
@@ -147,16 +159,21 @@ def _choose_format(
     place: Place, source: SourceConfig | None, row: Mapping[str, Any], report: DataReport
 ) -> str:
     if source is not None and source.format is not None:
-        report.formats[place.source] = source.format
+        _note_format(place.source, source.format, report)
         return source.format
     try:
         name, runner_up = guess_format(list(row))
     except ConfigurationError as error:
         raise DatasetFormatError(f"{place}: {error}") from error
     said = f"{name} (guessed; {runner_up} would fit too)" if runner_up else f"{name} (guessed)"
-    report.formats[place.source] = said
+    _note_format(place.source, said, report)
     logger.info("%s: format %s", place.source, said)
     return name
+
+
+def _note_format(source: str, said: str, report: DataReport) -> None:
+    known = report.formats.get(source)
+    report.formats[source] = said if known in (None, said) else f"{known}; {said}"
 
 
 def _keep(
@@ -172,14 +189,15 @@ def _keep(
         )
     report.num_lost_tokens += example.num_lost_tokens
     num_trained = int(example.is_trained.sum())
-    if (is_cut and overlong == "drop") or num_trained == 0:
+    if (is_cut and overlong == "drop") or example.num_answer_tokens == 0:
         report.num_dropped += 1
         report.num_lost_tokens += num_trained
         return False
     report.num_cut += is_cut
     report.num_tokens += length
     report.num_trained_tokens += num_trained
-    report.num_unstopped += not example.ends_in_stop
+    # A cut row loses its stop token, which is counted; a whole row without one never teaches it.
+    report.num_unstopped += not (is_cut or example.ends_in_stop)
     report.num_straddling += example.num_straddling
     return True
 
@@ -196,14 +214,13 @@ def _check_split(split: EncodedSplit, encoder: Encoder, max_lost_ratio: float, k
         raise ConfigurationError(f"{key}: nothing to train on, {reason}.")
     if report.lost_ratio > max_lost_ratio:
         raise ConfigurationError(
-            f"{key}: data.max_length {encoder.max_length} takes away {report.lost_ratio:.1%} of the "
-            f"trained tokens, data.max_lost_ratio allows {max_lost_ratio:.1%}; the longest row has "
-            f"{report.longest} tokens."
+            f"{key}: data.max_length {encoder.max_length} takes away {report.lost_ratio:.1%} of "
+            f"the trained tokens, data.max_lost_ratio allows {max_lost_ratio:.1%}; the longest row "
+            f"has {report.longest} tokens."
         )
-    # A cut row loses its stop token, which is counted; a whole row without one never teaches it.
-    if report.num_unstopped > report.num_cut:
+    if report.num_unstopped:
         raise ConfigurationError(
-            f"{key}: {report.num_unstopped - report.num_cut} rows do not end in a trained stop "
-            f"token under the template '{encoder.template.name}', so the model would not learn to "
-            "stop; choose another data.template."
+            f"{key}: {report.num_unstopped} rows do not end in a trained stop token under the "
+            f"template '{encoder.template.name}', so the model would not learn to stop; choose "
+            "another data.template."
         )

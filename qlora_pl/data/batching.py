@@ -2,7 +2,8 @@
 
 The loader's index is a key (epoch, step, micro-batch), and the rows behind a key can be computed by
 anyone at any time. So resuming needs one integer, workers change nothing, and no generator has to
-be saved. A step's rows depend on the global batch alone, not on how devices and micro-batches cut it.
+be saved. A step's rows depend on the global batch alone, not on the devices and micro-batches that
+it is cut into.
 """
 
 from __future__ import annotations
@@ -70,9 +71,11 @@ def epoch_steps(
     Returns:
         One int64 array of row numbers for each step.
     """
-    # Philox streams are keyed by (seed, epoch): epoch 7 does not need epochs 0 to 6 drawn first.
-    generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), epoch]))
+    generator = keyed_generator(seed, epoch)
     order = generator.permutation(len(lengths))
+    if group_by_length and epoch == 0 and len(order):
+        # To the front, so that it is not among the rows of the last, incomplete step.
+        order = np.roll(order, -int(np.argmax(lengths[order])))
     num_whole = len(order) // global_batch_size * global_batch_size
     whole, rest = order[:num_whole], order[num_whole:]
     steps = []
@@ -88,6 +91,18 @@ def epoch_steps(
     if len(rest):
         steps.append(_longest_first(rest, lengths))
     return steps
+
+
+def keyed_generator(seed: int, stream: int) -> np.random.Generator:
+    """A generator of its own for each (seed, stream): epoch 7 needs no epochs 0 to 6 drawn first.
+
+    Args:
+        seed: Any integer; negative ones count back from 2**64.
+        stream: From 0.
+    """
+    # uint64: numpy makes floats of a list that holds a large and a small number
+    key = np.array([seed & (2**64 - 1), stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -184,6 +199,22 @@ class ResumableSampler(DistributedSampler[BatchKey]):
 
     def __len__(self) -> int:
         return len(self.batches)  # of the whole epoch: Lightning counts the skipped part itself
+
+
+class InOrderSampler(DistributedSampler[int]):
+    """Counts through a device's share; a ``DistributedSampler`` for the same reason.
+
+    Lightning would otherwise cut the share of each device once more, and rows would be left out.
+    """
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.num_batches))
+
+    def __len__(self) -> int:
+        return self.num_batches
 
 
 class EvaluationBatches(Dataset[Batch]):

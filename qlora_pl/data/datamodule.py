@@ -7,6 +7,8 @@ Everything is read, encoded and checked in ``setup``, which Lightning runs befor
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,9 +23,11 @@ from qlora_pl.data.audit import EncodedSplit, encode_sources
 from qlora_pl.data.batching import (
     BatchLayout,
     EvaluationBatches,
+    InOrderSampler,
     PromptBatches,
     ResumableSampler,
     TrainingBatches,
+    keyed_generator,
 )
 from qlora_pl.data.encoding import Encoder, Overlong, load_tokenizer
 from qlora_pl.data.sources import NO_ROWS, RowSources, hub_splits
@@ -44,8 +48,8 @@ class InstructionDataModule(LightningDataModule):
             one, otherwise ``val_size`` of the training rows.
         test_sources: Rows for ``test``; null: the test split of a Hub dataset.
         template: How a conversation becomes text: ``alpaca``, ``guanaco``,
-            ``instruction-response``, ``chat`` (the tokenizer's own), or ``auto`` (``chat`` where the
-            tokenizer has one, else ``instruction-response``).
+            ``instruction-response``, ``chat`` (the tokenizer's own), or ``auto`` (``chat`` where
+            the tokenizer has one, else ``instruction-response``).
         tokenizer: Hub name or folder; None: the model's.
         max_length: Tokens of a row, prompt and answer together.
         overlong: What happens to a longer row: ``cut`` on the right, ``drop``, or ``error``.
@@ -57,7 +61,7 @@ class InstructionDataModule(LightningDataModule):
         eval_batch_size: Rows of a batch in validation, test and prediction; None: ``batch_size``.
         group_by_length: Whether rows of similar length share a step, so that less is padded.
         val_size: Rows kept for validation where no split exists: a number of rows, or a share of
-            them below 1; 0: none, all rows train.
+            them below 1 (one row at least); 0: none, all rows train.
         val_seed: Seed of that split alone, so that it is the same for every command and run.
         seed: Seed of the order of rows; None: the seed of ``seed_everything``, else 0.
         max_train_samples: Train on the first so many rows of the training split; None: all.
@@ -126,7 +130,8 @@ class InstructionDataModule(LightningDataModule):
             (self.val_size >= 0, f"val_size: must be 0 or more, got {self.val_size}."),
             (
                 isinstance(self.val_size, int) or self.val_size < 1,
-                f"val_size: a share lies below 1, got {self.val_size}; write a whole number for rows.",
+                f"val_size: a share lies below 1, got {self.val_size}; write a whole number for "
+                "rows.",
             ),
             (self.num_workers >= 0, f"num_workers: must be 0 or more, got {self.num_workers}."),
             (
@@ -139,14 +144,15 @@ class InstructionDataModule(LightningDataModule):
             ),
         ]
         problems = [f"data.{sentence}" for holds, sentence in ranges if not holds]
-        for rows in (self.sources, self.val_sources, self.test_sources):
-            problems += rows.problems()
+        for name in ("sources", "val_sources", "test_sources"):
+            problems += getattr(self, name).problems(f"data.{name}")
         return problems
 
     # -- reading ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Read, encode, check and split the rows; a second call returns at once."""
+        """Read, encode, check and split the rows; a second call reads nothing."""
+        self._resume_from = {"epoch": 0, "position": 0}  # of the run before, if there was one
         if stage == "test":
             self._setup_test()
         elif "val" not in self.splits:
@@ -173,15 +179,14 @@ class InstructionDataModule(LightningDataModule):
             raise ConfigurationError("data.test_sources: no test rows are named; set it to a file.")
         self._prepare_encoder()
         self.splits["test"] = self._encode(sources, "data.test_sources")
-        logger.info("test: %s", self.splits["test"].report)
 
     def _prepare_encoder(self) -> None:
         name = self.tokenizer_name or self._model_attribute("model_name_or_path")
         if name is None:
             raise ConfigurationError("data.tokenizer: name a tokenizer (a folder or Hub name).")
-        self.tokenizer = load_tokenizer(
-            name, self._model_attribute("revision"), self._model_attribute("cache_dir")
-        )
+        # The revision is a commit of the model's repository, which no other has.
+        revision = None if self.tokenizer_name else self._model_attribute("revision")
+        self.tokenizer = load_tokenizer(name, revision, self._model_attribute("cache_dir"))
         self.template = load_template(self.template_name, self.tokenizer)
         self.encoder = Encoder(self.template, self.tokenizer, self.max_length, self.train_on_prompt)
 
@@ -190,26 +195,30 @@ class InstructionDataModule(LightningDataModule):
         return getattr(module, name, None)
 
     def _encode(self, sources: RowSources, key: str) -> EncodedSplit:
-        return encode_sources(sources, self.encoder, self.overlong, self.max_lost_ratio, key)
+        split = encode_sources(sources, self.encoder, self.overlong, self.max_lost_ratio, key)
+        logger.info("%s: %s", key, split.report)  # what was cut or dropped; parts do not know it
+        return split
 
     def _hub_split(self, names: Sequence[str]) -> RowSources:
         """The first of these splits that a Hub dataset of the training sources has, or nothing."""
         for source in self.sources.sources:
             for name in hub_splits(source):
-                if name in names and name != source.split:
+                # "train+validation" and "validation[:500]" name splits that are trained on
+                if name in names and name not in re.findall(r"\w+", source.split):
                     return RowSources((replace(source, split=name, limit=None),))
         return NO_ROWS
 
     def _split_off(self, rows: EncodedSplit) -> tuple[EncodedSplit, EncodedSplit]:
         """Training and validation rows; which is which depends on ``val_seed`` and nothing else."""
         total = len(rows.rows)
-        num_val = self.val_size if isinstance(self.val_size, int) else round(total * self.val_size)
+        num_val = self.val_size
+        if isinstance(num_val, float):
+            num_val = max(1, round(total * num_val)) if num_val > 0 else 0
         if num_val >= total:
             raise ConfigurationError(
                 f"data.val_size: {self.val_size} leaves none of the {total} rows to train on."
             )
-        generator = np.random.Generator(np.random.Philox(key=[self.val_seed, 0]))
-        order = generator.permutation(total)
+        order = keyed_generator(self.val_seed, 0).permutation(total)
         return rows.select(np.sort(order[num_val:])), rows.select(np.sort(order[:num_val]))
 
     # -- loaders ---------------------------------------------------------------------------------
@@ -221,12 +230,15 @@ class InstructionDataModule(LightningDataModule):
             batch_size, accumulation, self.trainer.world_size, self.trainer.global_rank
         )
 
+    def _training_layout(self) -> BatchLayout:
+        accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return self._layout(self.batch_size, accumulation)
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches in the run's order, from where a resumed run stopped."""
-        accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         batches = TrainingBatches(
             self.splits["train"].rows,
-            self._layout(self.batch_size, accumulation),
+            self._training_layout(),
             self._order_seed(),
             self.group_by_length,
             self.tokenizer.pad_token_id,
@@ -235,7 +247,16 @@ class InstructionDataModule(LightningDataModule):
         return self._loader(batches, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        """The validation rows in a fixed order; no loader at all when there are none."""
+        """The validation rows in a fixed order; no loader at all when there are none.
+
+        Raises:
+            ConfigurationError: if there are none and validating is all that was asked for.
+        """
+        is_asked_for = self.trainer is not None and self.trainer.state.fn == "validate"
+        if is_asked_for and not len(self.splits["val"].rows):
+            raise ConfigurationError(
+                "data.val_size: 0 leaves no validation rows to score; name data.val_sources."
+            )
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -252,7 +273,8 @@ class InstructionDataModule(LightningDataModule):
         conversations = [c for c in split.conversations if not c.is_plain_text]
         if not conversations:
             raise ConfigurationError(
-                "data.val_sources: the validation rows are plain text, which has no prompts to answer."
+                "data.val_sources: the validation rows are plain text, which has no prompts to "
+                "answer."
             )
         prompts = [self.encoder.encode_prompt(c.prompt) for c in conversations]
         batches = PromptBatches(
@@ -276,7 +298,7 @@ class InstructionDataModule(LightningDataModule):
         return DataLoader(
             batches,
             batch_size=None,
-            sampler=sampler,
+            sampler=InOrderSampler(len(batches)) if sampler is None else sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -284,8 +306,6 @@ class InstructionDataModule(LightningDataModule):
         )
 
     def _order_seed(self) -> int:
-        import os
-
         if self.seed is not None:
             return self.seed
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -294,14 +314,14 @@ class InstructionDataModule(LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows form which step, in plain types; kept in every checkpoint."""
+        layout = self._training_layout()
         return {
             "train_rows": self.splits["train"].rows.fingerprint(),
             "num_train_rows": len(self.splits["train"].rows),
-            "global_batch_size": self._layout(
-                self.batch_size,
-                1 if self.trainer is None else self.trainer.accumulate_grad_batches,
-            ).global_batch_size,
-            "batch_size": self.batch_size,
+            "global_batch_size": layout.global_batch_size,
+            "batch_size": layout.batch_size,
+            # A position counts micro-batches: 8 are two steps of one device, or eight of four.
+            "accumulation": layout.accumulation,
             "group_by_length": self.group_by_length,
             "seed": self._order_seed(),
         }
@@ -317,6 +337,7 @@ class InstructionDataModule(LightningDataModule):
             "num_train_rows": "the number of training rows",
             "global_batch_size": "the rows of an optimizer step",
             "batch_size": "data.batch_size",
+            "accumulation": "trainer.accumulate_grad_batches",
             "group_by_length": "data.group_by_length",
             "seed": "the seed of the order of rows",
         }

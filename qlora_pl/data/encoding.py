@@ -1,7 +1,7 @@
 """Segments -> token ids and labels, with a count of everything that was cut.
 
 The rendered text is tokenised once, as a whole, and labels come from the characters that each
-token covers: pieces tokenised apart would put SentencePiece's leading space into the middle of a row.
+token covers: pieces tokenised apart would put SentencePiece's leading space into a row's middle.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ class EncodedExample(NamedTuple):
     """Tokens that did not fit into ``max_length``."""
     num_lost_tokens: int
     """Those of them that would have been trained."""
+    num_answer_tokens: int
+    """Tokens of answers that are left; all that is trained, unless prompts are too."""
     ends_in_stop: bool
-    """Whether the last trained token is one that ends an answer."""
+    """Whether the last of them is one that ends an answer."""
     num_straddling: int
     """Tokens that cover the end of a prompt and the start of its answer at once."""
 
@@ -125,30 +127,30 @@ class Encoder:
         self, row: list[Segment], text: str, ids: list[int], offsets: list[tuple[int, int]]
     ) -> EncodedExample:
         # One flag per character; a token belongs to the segment that holds its last character.
-        trained_characters = np.zeros(len(text) + 1, dtype=bool)
+        answer_characters = np.zeros(len(text) + 1, dtype=bool)
         start = 0
         for segment in row:
             end = start + len(segment.text)
-            trained_characters[start + 1 : end + 1] = segment.is_trained or self.train_on_prompt
+            answer_characters[start + 1 : end + 1] = segment.is_trained
             start = end
         spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-        is_trained = trained_characters[spans[:, 1]]
+        is_answer = answer_characters[spans[:, 1]]
         # GPT-NeoX's and RoBERTa's tokenizers trim spaces off a span: a token of spaces has an empty
         # one, at its end, and is trained like any other.
-        begins_untrained = ~trained_characters[np.minimum(spans[:, 0] + 1, spans[:, 1])]
+        begins_outside = ~answer_characters[np.minimum(spans[:, 0] + 1, spans[:, 1])]
         bos = self._bos(text)
         input_ids = np.asarray([*bos, *ids], dtype=np.int32)
-        is_trained = np.concatenate([np.zeros(len(bos), dtype=bool), is_trained])
-        num_straddling = int((is_trained[len(bos) :] & begins_untrained).sum())
-        kept = is_trained[: self.max_length]
-        last = np.flatnonzero(kept)
+        is_trained = np.concatenate([np.zeros(len(bos), bool), is_answer | self.train_on_prompt])
+        kept_answer = len(bos) + np.flatnonzero(is_answer)
+        kept_answer = kept_answer[kept_answer < self.max_length]
         return EncodedExample(
             input_ids[: self.max_length],
-            kept,
+            is_trained[: self.max_length],
             num_cut_tokens=max(0, len(input_ids) - self.max_length),
             num_lost_tokens=int(is_trained[self.max_length :].sum()),
-            ends_in_stop=len(last) > 0 and int(input_ids[last[-1]]) in self.stop_ids,
-            num_straddling=num_straddling,
+            num_answer_tokens=len(kept_answer),
+            ends_in_stop=len(kept_answer) > 0 and int(input_ids[kept_answer[-1]]) in self.stop_ids,
+            num_straddling=int((is_answer & begins_outside).sum()),
         )
 
 
@@ -224,7 +226,7 @@ class EncodedRows:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of ids, labels and boundaries: what a run trained on, whatever its file's name."""
+        """SHA-256 of ids, labels and boundaries: what a run trained on, whatever its file name."""
         digest = hashlib.sha256()
         for array in (self.input_ids, self.is_trained, self.starts):
             digest.update(np.ascontiguousarray(array).tobytes())

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlora_pl.errors import AdapterFolderError
+from qlora_pl.errors import AdapterFolderError, TrainingStoppedError
 from qlora_pl.files import sha256_bytes, sha256_file, write_folder_atomic
 from qlora_pl.modeling.adapters import adapter_tensors
 
@@ -79,6 +79,9 @@ def write_adapter_folder(
 
     Returns:
         The tensors that were handed over, on the CPU, for comparison with what is read back.
+
+    Raises:
+        TrainingStoppedError: if it exists already, or a disk is full or not to be written to.
     """
     from safetensors.torch import save
 
@@ -104,13 +107,21 @@ def _small_files(model: Any, tokenizer: Any, manifest: AdapterManifest) -> dict[
     peft_config.base_model_name_or_path = manifest.base["name"]  # not the folder of packed weights
     peft_config.revision = manifest.base["revision"]
     peft_config.inference_mode = True
-    with tempfile.TemporaryDirectory() as temporary:
-        peft_config.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        # At any depth: further chat templates go into a folder of their own.
-        paths = [path for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
-        return {str(path.relative_to(temporary)): path.read_bytes() for path in paths}
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            peft_config.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            # At any depth: further chat templates go into a folder of their own.
+            paths = [path for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
+            return {str(path.relative_to(temporary)): path.read_bytes() for path in paths}
+    except Exception as error:
+        if isinstance(error, OSError) or type(error) is Exception:  # the second: tokenizers' own
+            raise TrainingStoppedError(
+                f"The tokenizer could not be written to '{tempfile.gettempdir()}', through which "
+                f"it goes ({error}); free some space there, or set TMPDIR to another folder."
+            ) from error
+        raise
 
 
 def read_adapter_folder(folder: Path) -> AdapterManifest:
@@ -128,6 +139,11 @@ def read_adapter_folder(folder: Path) -> AdapterManifest:
         manifest = AdapterManifest(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise AdapterFolderError(f"'{path}' cannot be read ({error}).") from error
+    if manifest.format != MANIFEST_FORMAT:
+        raise AdapterFolderError(
+            f"'{path}' has format {manifest.format}, and this version reads {MANIFEST_FORMAT}; use "
+            f"the version that wrote it ({manifest.versions.get('qlora-pl', 'unknown')})."
+        )
     for name, digest in manifest.files.items():
         if not (folder / name).is_file():
             raise AdapterFolderError(f"'{folder}' lacks {name}, which its manifest names.")
@@ -179,11 +195,12 @@ Rank {lora["r"]}, alpha {lora["alpha"]:g}, dropout {lora["dropout"]:g}; prompt t
 the base and the digest of every file here.
 
     import json
+    from pathlib import Path
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    folder = "."
-    manifest = json.load(open(f"{{folder}}/manifest.json"))
+    folder = Path(".")
+    manifest = json.loads((folder / "manifest.json").read_text())
 {loading}    model = PeftModel.from_pretrained(base, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 """

@@ -41,8 +41,8 @@ class LoRAConfig:
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts; B starts at zero, so that training starts at the base."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the adapters are kept in. float32, because an update of 2e-4 x gradient is lost in
-    bfloat16's 8 bits once a weight has grown; they multiply in the activations' type either way."""
+    """What the adapters are kept in. float32, because an update of 2e-4 is lost in bfloat16's 8
+    bits once a weight has grown; they multiply in the activations' type either way."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -288,9 +288,9 @@ class QLoRAModule(LightningModule):
             num_rows=int(sums["rows"]),
             row_ids=tuple(i for batch in self._micro_batches for i in batch.row_ids.tolist()),
         )
+        self._stop_if_diverged(self.last_step)
         if self.trainer.global_step == 0:
             self._check_every_adapter_learns(trained)
-        self._stop_if_diverged(self.last_step)
         self._micro_batches.clear()
 
     def _sum_over_step(self) -> dict[str, float]:

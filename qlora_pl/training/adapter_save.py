@@ -1,8 +1,8 @@
 """Writes an adapter folder at each save, and proves that what was written is what was trained.
 
-Every folder is read back and compared, tensor by tensor and byte by byte, with what was handed over;
-at a run's first and last save the tensors read back also have to give the same logits. An empty or
-half-gathered adapter is found at step 1, not after days.
+Every folder is read back and compared, tensor by tensor and byte by byte, with what was handed
+over; at a run's first and last save the tensors read back also have to give the same logits. An
+empty or half-gathered adapter is found at step 1, not after days.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qlora_pl.modeling.adapter_folder import (
 )
 from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.loading import bitsandbytes_config
-from qlora_pl.training.run_folder import adapter_path, checkpoint_path, digest_path
+from qlora_pl.training.run_folder import adapter_path, digest_path
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,9 @@ class AdapterSaver:
     def __init__(self, save_held_out: bool) -> None:
         self.save_held_out = save_held_out
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify-save")
-        self._checks: list[Future[None]] = []
-        self._newest: tuple[Path, int] | None = None
+        self._checks: dict[Path, Future[None]] = {}
+        self._newest: tuple[Path, dict[str, Tensor]] | None = None
+        self._is_proven = False
 
     def __getstate__(self) -> dict[str, Any]:  # strategies copy callbacks; threads do not copy
         return {"save_held_out": self.save_held_out}
@@ -59,11 +60,11 @@ class AdapterSaver:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["save_held_out"])  # type: ignore[misc]
 
-    def save(self, trainer: Trainer, module: LightningModule, run: Path, step: int) -> None:
-        """Write the adapter folder of a step and have it and its checkpoint verified.
+    def write(self, trainer: Trainer, module: LightningModule, run: Path, step: int) -> None:
+        """Write the adapter folder of a step.
 
         Raises:
-            TrainingStoppedError: if an adapter is dead, or at the first save if reading back fails.
+            TrainingStoppedError: if an adapter is dead, or the folder cannot be written.
         """
         model = module.model
         assert isinstance(model, nn.Module)
@@ -78,19 +79,30 @@ class AdapterSaver:
             held_out_rows(data) if self.save_held_out and data is not None else None,
         )
         refuse_dead_adapters(tensors, step)
-        checkpoint = checkpoint_path(run, step)
-        self._checks.append(self._thread.submit(verify_save, folder, tensors, checkpoint))
-        is_first = self._newest is None
-        self._newest = (folder, step)
-        if is_first:
+        self._newest = (folder, tensors)
+
+    def verify(self, module: LightningModule, checkpoint: Path) -> None:
+        """Have what was written read back; at the first save wait for it, and compare logits.
+
+        Raises:
+            TrainingStoppedError: if the first save is not what was handed over.
+        """
+        assert self._newest is not None
+        folder = self._newest[0]
+        self._checks[folder] = self._thread.submit(verify_save, *self._newest, checkpoint)
+        if not self._is_proven:
             self._prove(module)
+            self._is_proven = True
 
     def raise_if_failed(self) -> None:
         """Raise what a finished check found, without waiting for the others."""
-        finished = [check for check in self._checks if check.done()]
-        self._checks = [check for check in self._checks if not check.done()]
-        for check in finished:
-            check.result()
+        for folder in [folder for folder, check in self._checks.items() if check.done()]:
+            self._checks.pop(folder).result()
+
+    def settle(self, folder: Path) -> None:
+        """Wait for the check of a folder that is about to be deleted."""
+        if folder in self._checks:
+            self._checks.pop(folder).result()
 
     def finish(self, module: LightningModule) -> None:
         """Wait for every check; the last save's tensors must give the trained model's logits."""
@@ -99,9 +111,8 @@ class AdapterSaver:
 
     def _prove(self, module: LightningModule) -> None:
         assert self._newest is not None
-        for check in self._checks:
-            check.result()
-        self._checks.clear()
+        for folder in list(self._checks):
+            self.settle(folder)
         folder, _ = self._newest
         compare_logits(module, read_adapter_tensors(folder), folder)
 
@@ -181,8 +192,8 @@ def refuse_dead_adapters(tensors: Mapping[str, Tensor], step: int) -> None:
     dead = [name for name, t in tensors.items() if "lora_B" in name and not t.any()]
     if dead and step > 0:
         raise TrainingStoppedError(
-            f"After step {step} the adapter '{dead[0]}' is still zero ({len(dead)} such): it gets no "
-            "gradient, so training it would change nothing."
+            f"After step {step} the adapter '{dead[0]}' is still zero ({len(dead)} such): it gets "
+            "no gradient, so training it would change nothing."
         )
 
 
@@ -202,12 +213,8 @@ def verify_save(folder: Path, tensors: Mapping[str, Tensor], checkpoint: Path) -
             f"'{folder}' does not hold what was trained: {(different or ['extra tensors'])[0]} "
             "differs after reading it back; check the disk."
         )
-    if checkpoint.is_file():  # an older one may have been discarded meanwhile
-        recorded = digest_path(checkpoint).read_text().split()[0]
-        if sha256_file(checkpoint) != recorded:
-            raise TrainingStoppedError(
-                f"'{checkpoint}' differs from what was written; check the disk."
-            )
+    if sha256_file(checkpoint) != digest_path(checkpoint).read_text().split()[0]:
+        raise TrainingStoppedError(f"'{checkpoint}' differs from what was written; check the disk.")
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """``AdapterCheckpoint``: when a run is saved, what of it is kept, and how it continues.
 
-A save belongs to the boundary between two optimizer steps. It is written when the next batch begins,
-or the epoch or the training ends, so that a validation which is due at that step is part of it; and
-it holds Lightning's progress in one canonical form, from which a resumed run takes the same path.
+A save belongs to the boundary between two optimizer steps. It is written when the next batch
+begins, or the epoch or the training ends, so that a validation which is due at that step is part of
+it; and it holds Lightning's progress in one canonical form, from which every run goes on alike.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Boundary:
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, with its SHA-256 beside it, and checks it on reading.
+    """Writes a checkpoint whole or not at all, its SHA-256 beside it, and checks it on reading.
 
     ``torch.load`` reads a file with a flipped bit without a word.
     """
@@ -55,7 +55,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Serialise to memory, then write digest and data; a checkpoint without one is not valid."""
+        """Serialise to memory, then write the digest, then the data that make it valid."""
         target = Path(path)
         data = serialize(checkpoint)
         write_atomic(digest_path(target), f"{sha256_bytes(data)}  {target.name}\n")
@@ -218,11 +218,14 @@ class AdapterCheckpoint(Checkpoint):
                 log.save()
         self.saved_steps.append(boundary.step)
         path = checkpoint_path(self.folder, boundary.step)
+        # The adapter first: a step whose checkpoint is there has its adapter, wherever a kill came.
+        if trainer.is_global_zero:
+            shutil.rmtree(adapter_path(self.folder, boundary.step), ignore_errors=True)
+            self._saver.write(trainer, pl_module, self.folder, boundary.step)
         if not verifies(path):
             trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            shutil.rmtree(adapter_path(self.folder, boundary.step), ignore_errors=True)
-            self._saver.save(trainer, pl_module, self.folder, boundary.step)
+            self._saver.verify(pl_module, path)
         self.last_checkpoint = path
         self._discard(trainer)
 
@@ -253,6 +256,7 @@ class AdapterCheckpoint(Checkpoint):
         )
         for path in (self.folder / "checkpoints").glob("step-*.ckpt"):
             if step_of(path) not in keep:
+                self._saver.settle(adapter_path(self.folder, step_of(path)))
                 path.unlink()
                 digest_path(path).unlink(missing_ok=True)
                 shutil.rmtree(adapter_path(self.folder, step_of(path)), ignore_errors=True)
@@ -286,8 +290,8 @@ class AdapterCheckpoint(Checkpoint):
             return
         if "boundary" not in checkpoint:
             raise CheckpointError(
-                f"'{trainer.ckpt_path}' was not written between two optimizer steps by qlora_pl, so "
-                "no run can continue from it exactly."
+                f"'{trainer.ckpt_path}' was not written between two optimizer steps by qlora_pl, "
+                "so no run can continue from it exactly."
             )
         boundary = checkpoint["boundary"]
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
 """``RunMetrics``: one row of numbers for each logged step, to every logger and to ``metrics.csv``.
 
 A row is numbered by the optimizer steps done. It waits until the next step has ended, so that a
-validation in between is part of it, and is part of every checkpoint while it waits. So a resumed run
-drops the rows from its checkpoint's step on and writes them again: every step stands in the history
-once. (Lightning's own counter lags behind here and there.)
+validation in between is part of it, and is part of every checkpoint while it waits. So a resumed
+run drops the rows from its checkpoint's step on and writes them again: every step stands in the
+history once. (Lightning's own counter lags behind here and there.)
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class RunMetrics(Callback):
             return
         step = int(row["step"])
         self.last |= {name: value for name, value in row.items() if name not in ("step", "epoch")}
-        values = {name: value for name, value in row.items() if name != "step"}
+        values = {name: value for name, value in row.items() if name not in ("step", "epoch")}
         for log in trainer.loggers:
             log.log_metrics(values, step=step)
         if trainer.is_global_zero:

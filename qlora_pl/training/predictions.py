@@ -1,4 +1,4 @@
-"""``PredictionWriter``: what ``predict`` answered, one JSON line a row, in the order of the rows."""
+"""``PredictionWriter``: what ``predict`` answered, a JSON line a row, in the order of the rows."""
 
 from __future__ import annotations
 

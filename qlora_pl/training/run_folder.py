@@ -156,7 +156,7 @@ def resolve_run(config: RunConfig, command: str, ckpt_path: str | None) -> Resol
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
     """
-    # Only a process that Lightning started has a local rank; the first one must make its own folder.
+    # Only a process that Lightning started has a local rank; the first makes its own folder.
     handed_over = os.environ.get(FOLDER_VARIABLE) if "LOCAL_RANK" in os.environ else None
     checkpoint = find_checkpoint(config, ckpt_path)
     if checkpoint is None or command != "fit":
@@ -205,8 +205,8 @@ def find_checkpoint(config: RunConfig, ckpt_path: str | None) -> Path | None:
         found = next((found for run in runs if (found := newest_verified(run))), None)
         if found is None:
             raise CheckpointError(
-                f"--ckpt_path last: no run in '{config.experiment}' has a checkpoint that verifies; "
-                "start without --ckpt_path."
+                f"--ckpt_path last: no run in '{config.experiment}' has a checkpoint that "
+                "verifies; start without --ckpt_path."
             )
         return found
     if ckpt_path == "best":
@@ -216,8 +216,8 @@ def find_checkpoint(config: RunConfig, ckpt_path: str | None) -> Path | None:
         raise CheckpointError(f"--ckpt_path: no file '{ckpt_path}' (or last, auto, best).")
     if not verifies(path):
         raise CheckpointError(
-            f"--ckpt_path: '{ckpt_path}' is damaged (its SHA-256 differs from {digest_path(path).name}, "
-            "or that file is missing); use another checkpoint."
+            f"--ckpt_path: '{ckpt_path}' is damaged: its SHA-256 is not what "
+            f"{digest_path(path).name} says, or that file is missing; use another checkpoint."
         )
     return path.resolve()
 

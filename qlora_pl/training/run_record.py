@@ -40,7 +40,7 @@ PACKAGES = (
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes the record at the start, and the hyper-parameters with the final metrics at the end."""
+    """Writes the record at the start, and hyper-parameters with the final metrics at the end."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``run.yaml`` and ``environment.json``; a resumed run adds a pair of its own."""
@@ -49,7 +49,7 @@ class RunRecord(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         suffix = ""
         if (folder / "run.yaml").exists():
-            step = Path(str(trainer.ckpt_path)).stem
+            step = Path(str(self.config.ckpt_path)).stem
             suffix = f"-resumed-{step}"
             number = 1
             while (folder / f"run{suffix}.yaml").exists():
@@ -116,7 +116,7 @@ def _version(package: str) -> str | None:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that holds a folder, and whether files differ from it; None outside."""
+    """Commit of the checkout that holds a folder, and whether files differ; None outside one."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

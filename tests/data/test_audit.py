@@ -19,8 +19,7 @@ from qlora_pl.data.templates import load_template
 from qlora_pl.errors import ConfigurationError, DatasetFormatError, QLoRAError
 
 LONG = 10_000
-SHORT, MIDDLE, WIDE = ({"prompt": "q", "response": "a" * number} for number in (4, 10, 40))
-# One token a letter under "guanaco": "### Human: q### Assistant:" is read off a prompt below.
+SHORT, MIDDLE, WIDE = ({"prompt": "q", "response": "7" * number} for number in (4, 10, 40))
 
 
 def audit(
@@ -30,9 +29,10 @@ def audit(
     max_lost_ratio: float = 1.0,
     template: str = "guanaco",
     chat_template: str | None = CHAT_TEMPLATE,
+    train_on_prompt: bool = False,
 ) -> EncodedSplit:
     tokenizer = build("bytes", chat_template)
-    encoder = Encoder(load_template(template, tokenizer), tokenizer, max_length)
+    encoder = Encoder(load_template(template, tokenizer), tokenizer, max_length, train_on_prompt)
     parsed = RowSources.parse(sources)
     return encode_sources(parsed, encoder, overlong, max_lost_ratio, "data.x")
 
@@ -44,7 +44,7 @@ def sentence(*arguments: Any, **settings: Any) -> str:
 
 
 def prompt_length() -> int:
-    """Tokens of the prompt "q"; a row has these, a token for each letter, a space and a stop."""
+    """Tokens of the prompt "q"; a row has these, a space, a token for each digit, and a stop."""
     encoder = Encoder(load_template("guanaco", build("bytes")), build("bytes"), LONG)
     split = audit([SHORT])
     length = len(encoder.encode_prompt(split.conversations[0].prompt)[1])
@@ -84,7 +84,7 @@ def test_the_report_counts_rows_and_tokens():
 def test_a_selection_reports_on_itself():
     split = audit([SHORT, WIDE, MIDDLE])
     part = split.select(np.array([2, 0]))
-    assert [c.reference for c in part.conversations] == ["a" * 10, "a" * 4]
+    assert [c.reference for c in part.conversations] == ["7" * 10, "7" * 4]
     assert [place.row for place in part.places] == [3, 1]
     assert part.report.num_rows == 2
     assert part.report.num_tokens == int(part.rows.lengths.sum()) == len(part.rows.input_ids)
@@ -107,11 +107,7 @@ def test_each_source_has_a_format_of_its_own_even_over_the_same_file(tmp_path: P
     )
     assert [c.reference for c in split.conversations] == ["plain", "a", "plain"]
     assert [c.is_plain_text for c in split.conversations] == [True, False, False]
-    assert (
-        list(split.report.formats.values())
-        == ["text, prompt-response, question-answer (guessed; text would fit too)"]
-        or len(split.report.formats) == 3
-    )
+    assert split.report.formats == {str(path): "text; prompt-response; question-answer (guessed)"}
 
 
 def test_a_guessed_format_is_reported_with_its_runner_up(write_rows: Callable[..., Path]):
@@ -192,7 +188,7 @@ def test_cut_dropped_and_lost_are_counted():
 
 def test_a_row_whose_whole_answer_is_cut_away_is_dropped():
     length = prompt_length() + 6
-    long_question = {"prompt": "q" * 50, "response": "a"}
+    long_question = {"prompt": "q" * 50, "response": "7"}
     split = audit([SHORT, long_question], length)
     assert [place.row for place in split.places] == [1]
     assert (split.report.num_dropped, split.report.num_cut, split.report.num_lost_tokens) == (
@@ -239,6 +235,23 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str):
 def test_rows_whose_every_answer_is_cut_away_are_an_error(overlong: str):
     found = sentence([{"prompt": "q" * 50, "response": "a"}], 20, overlong)
     assert found.startswith("data.x: nothing to train on, no answer fits into data.max_length 20")
+
+
+def test_rows_without_an_answer_are_dropped_even_if_prompts_are_trained():
+    """Otherwise a file whose every answer is cut away would train on questions, without a word."""
+    long = {"prompt": "q" * 50, "response": "7"}
+    found = sentence([long], 40, train_on_prompt=True)
+    assert found.startswith("data.x: nothing to train on, no answer fits into data.max_length 40")
+    split = audit([SHORT, long], 40, train_on_prompt=True)
+    assert [place.row for place in split.places] == [1]
+
+
+@pytest.mark.parametrize("template", ["guanaco", "chat"])
+def test_training_on_prompts_is_no_reason_to_miss_a_stop_token(template: str):
+    """A chat template writes a newline after it, which then is the last trained token."""
+    split = audit([SHORT], template=template, train_on_prompt=True)
+    assert split.report.num_unstopped == 0
+    assert split.report.num_trained_tokens == split.report.num_tokens
 
 
 UNSTOPPED = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHAT_TEMPLATE
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from toy_tokenizers import KINDS, TEXTS, asked, build, spell
+from transformers import PreTrainedTokenizerFast
 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.conversation import Conversation, Message
@@ -107,9 +110,6 @@ def test_the_prompt_of_a_dialogue_ends_where_its_last_answer_begins(kind: str, n
 
 def merging_newlines(tmp_path: Path) -> Any:
     """A byte-level tokenizer in which two newlines are one token, as in most published ones."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[letter] = len(vocabulary)
@@ -224,8 +224,6 @@ def test_tokens_that_cover_only_spaces_are_trained_where_offsets_are_trimmed():
 
 def test_the_space_put_before_a_question_by_sentencepiece_is_not_trained():
     """LLaMA 1's tokenizer begins every stretch between control tokens with a space of its own."""
-    from tokenizers import pre_tokenizers
-
     tokenizer = build.__wrapped__("sentencepiece")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
         prepend_scheme="always", split=False
@@ -233,6 +231,19 @@ def test_the_space_put_before_a_question_by_sentencepiece_is_not_trained():
     with_it = Encoder(load_template("chat", tokenizer), tokenizer, LONG)
     example = encode(with_it, asked("日本", "本", "語", "は"))
     assert learnt(with_it, example) == "本<|im_end|>は<|im_end|>"
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+def test_a_tokenizer_that_normalises_trains_the_normalised_answer(form: str):
+    """As Qwen's; its tokens cover other characters than were written. By ``unicodedata``."""
+    tokenizer = build.__wrapped__("bytes")
+    tokenizer.backend_tokenizer.normalizer = getattr(normalizers, form)()
+    for name in NAMES:
+        with_it = Encoder(load_template(name, tokenizer), tokenizer, LONG)
+        for text in TEXTS:
+            example = encode(with_it, asked(f"e\u0301 {text}", text))
+            answer = expected(name, [unicodedata.normalize(form, text)])
+            assert learnt(with_it, example) == answer
 
 
 # -- rows that are too long --------------------------------------------------------------------
@@ -247,6 +258,7 @@ def test_a_long_row_is_cut_on_the_right_and_everything_lost_is_counted(kind: str
         assert cut.input_ids.tolist() == whole.input_ids[:length].tolist()
         assert cut.is_trained.tolist() == whole.is_trained[:length].tolist()
         assert cut.num_cut_tokens == max(0, len(whole.input_ids) - length)
+        assert cut.num_answer_tokens == cut.is_trained.sum()
         assert cut.num_lost_tokens == whole.is_trained.sum() - cut.is_trained.sum()
 
 
