@@ -172,7 +172,6 @@ def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             output_loading_info=True,
-            use_safetensors=True,  # what the fingerprint was made of
             ignore_mismatched_sizes=True,  # they are in ``info``
             **arguments,
         )

@@ -71,7 +71,11 @@ def train(base: Path, rows: Path, quantization: QuantizationConfig) -> QLoRAModu
 
 @pytest.fixture(scope="module")
 def trained(tiny_base: Path, rows_file: Path) -> QLoRAModule:
-    return train(tiny_base, rows_file, QuantizationConfig(compute_dtype="float32"))
+    """From packed weights, whose folder must not pass for the base anywhere."""
+    for _ in range(2):
+        module = train(tiny_base, rows_file, QuantizationConfig(compute_dtype="float32"))
+    assert module.base.is_from_cache
+    return module
 
 
 def write(module: QLoRAModule, folder: Path, tokenizer: Any = "own") -> dict[str, Tensor]:
