@@ -133,8 +133,8 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "template": (
         (*FIT, "--data.template", "gaunaco"),
-        "data.template: no template is called 'gaunaco'; did you mean 'guanaco'? (known: auto, "
-        "chat, alpaca, instruction-response, guanaco).",
+        "data.template: no template is called 'gaunaco' (known: auto, chat, alpaca, "
+        "instruction-response, guanaco); did you mean 'guanaco'?",
     ),
     "target module": (
         (*FIT, "--model.lora.target_modules", "q_prj"),
@@ -211,8 +211,8 @@ BAD_FILES: dict[str, tuple[str, str]] = {
     ),
     "misspelt source setting": (
         "data: {sources: [{path: ROWS, fromat: alpaca}]}",
-        "data.sources: a source has no setting 'fromat'; did you mean 'format'? (known: path, "
-        "split, subset, revision, format, columns, limit).",
+        "data.sources: a source has no setting 'fromat' (known: path, split, subset, revision, "
+        "format, columns, limit); did you mean 'format'?",
     ),
     "format": (
         "data: {sources: [{path: ROWS, format: alpacca}]}",

@@ -12,8 +12,17 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qlora_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
-DATA = ["conversation", "formats", "sources", "templates", "encoding", "audit", "batching"]
-"""The files of the journey; each may import those that stand before it and ``formats``."""
+DATA = [
+    "conversation",
+    "formats",
+    "sources",
+    "readers",
+    "templates",
+    "encoding",
+    "audit",
+    "batching",
+]
+"""The files of the journey; each may import those that stand before it."""
 
 HEAVY = {
     "torch",

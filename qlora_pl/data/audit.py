@@ -17,7 +17,8 @@ import numpy as np
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.encoding import TOKENIZER_CHUNK, EncodedExample, EncodedRows, Encoder, Overlong
 from qlora_pl.data.formats import FORMATS, RowError, guess_format
-from qlora_pl.data.sources import Place, RowSources, SourceConfig, read_rows
+from qlora_pl.data.readers import Place, read_rows
+from qlora_pl.data.sources import RowSources, SourceConfig
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 
 logger = logging.getLogger(__name__)

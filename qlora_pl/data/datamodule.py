@@ -30,7 +30,8 @@ from qlora_pl.data.batching import (
     keyed_generator,
 )
 from qlora_pl.data.encoding import Encoder, Overlong, load_tokenizer
-from qlora_pl.data.sources import NO_ROWS, RowSources, hub_splits
+from qlora_pl.data.readers import hub_splits
+from qlora_pl.data.sources import NO_ROWS, RowSources
 from qlora_pl.data.templates import load_template
 from qlora_pl.errors import CheckpointError, ConfigurationError
 
@@ -185,7 +186,8 @@ class InstructionDataModule(LightningDataModule):
         if name is None:
             raise ConfigurationError("data.tokenizer: name a tokenizer (a folder or Hub name).")
         # The revision is a commit of the model's repository, which no other has.
-        revision = None if self.tokenizer_name else self._model_attribute("revision")
+        is_the_models = name == self._model_attribute("model_name_or_path")
+        revision = self._model_attribute("revision") if is_the_models else None
         self.tokenizer = load_tokenizer(name, revision, self._model_attribute("cache_dir"))
         self.template = load_template(self.template_name, self.tokenizer)
         self.encoder = Encoder(self.template, self.tokenizer, self.max_length, self.train_on_prompt)

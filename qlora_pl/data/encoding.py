@@ -62,7 +62,8 @@ def load_tokenizer(name: str, revision: str | None = None, cache_dir: str | None
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, cache_dir=cache_dir)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
         raise ConfigurationError(
-            f"data.tokenizer: no tokenizer could be read from '{name}'."
+            f"data.tokenizer: no tokenizer could be read from '{name}' "
+            f"({(str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')})."
         ) from error
     if not tokenizer.is_fast:
         raise ConfigurationError(

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.sources import nearest
-from qlora_pl.errors import ConfigurationError
+from qlora_pl.errors import ConfigurationError, did_you_mean
 
 
 class Segment(NamedTuple):
@@ -212,8 +211,8 @@ def load_template(name: str, tokenizer: Any) -> PromptTemplate:
     """
     if name not in TEMPLATES:
         raise ConfigurationError(
-            f"data.template: no template is called '{name}'{nearest(name, TEMPLATES)} "
-            f"(known: {', '.join(TEMPLATES)})."
+            f"data.template: no template is called '{name}' (known: {', '.join(TEMPLATES)})"
+            f"{did_you_mean(name, TEMPLATES)}"
         )
     has_chat_template = bool(getattr(tokenizer, "chat_template", None))
     if name == "auto":

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from toy_tokenizers import TEXTS
 
-from qlora_pl.data.sources import NO_ROWS, RowSources, SourceConfig, hub_splits, read_rows
+from qlora_pl.data.readers import hub_splits, read_rows
+from qlora_pl.data.sources import NO_ROWS, RowSources, SourceConfig
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 
 ROWS = [{"prompt": text, "response": text[::-1]} for text in TEXTS]
@@ -269,7 +270,8 @@ def test_something_else_among_rows_in_memory_is_named():
         ("[a.jsonl", "data.x: '[a.jsonl' is not a list that YAML reads"),
         (
             {"path": "a.jsonl", "fromat": "alpaca"},
-            "data.x: a source has no setting 'fromat'; did you mean 'format'?",
+            "data.x: a source has no setting 'fromat' (known: path, split, subset, revision, "
+            "format, columns, limit); did you mean 'format'?",
         ),
         ([{"path": 3}], "data.x: {'path': 3} has no path; write path: FILE."),
         ({"path": "a", "limit": 0}, "data.sources (a): limit must be at least 1, got 0."),
@@ -359,7 +361,8 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_one_sentence(hub: list[tuple[Any
     with pytest.raises(DatasetFormatError) as caught:
         read("someone/else")
     assert str(caught.value) == (
-        "data.sources: dataset 'someone/else' (split 'train') could not be loaded: no such dataset"
+        "data.sources: dataset 'someone/else' (split 'train') could not be loaded (no such "
+        "dataset)."
     )
 
 

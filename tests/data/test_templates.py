@@ -211,7 +211,7 @@ def no_stop_token(tokenizer: Any) -> Any:
         (
             "alpacca",
             build("bytes"),
-            r"data\.template: no template is called 'alpacca'; did you mean 'alpaca'\?",
+            r"data\.template: no template is called 'alpacca' .*; did you mean 'alpaca'\?",
         ),
         ("chat", build("bytes", None), r"data\.template: .* has no chat template; choose one of"),
         ("auto", no_stop_token(build("bytes")), r"data\.tokenizer: .* has no end-of-text token"),
