@@ -384,6 +384,66 @@ def test_the_commands_that_do_not_train_write_their_metrics(
     assert set(json.loads(answers[0])) == {"prompt", "answer", "reference"}
 
 
+LOGGERS = {
+    "none": {"logger": False},
+    "csv": {
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": "elsewhere"},
+        }
+    },
+    "default": {},
+}
+
+
+@pytest.mark.parametrize("logger", LOGGERS)
+def test_no_logger_moves_the_folder_the_checkpoints_or_the_adapter(
+    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path, logger: str
+) -> None:
+    config = {"trainer": {"max_steps": 2, "accelerator": "cpu", **LOGGERS[logger]}}
+    code, printed = type_in(*FIT, "--data.template", "guanaco", config=config)
+    assert code == 0, printed
+    run = tmp_path / "runs/run/version_0"
+    names = {path.name for path in run.iterdir()}
+    assert {"run.yaml", "environment.json", "metrics.csv", "metrics.json"} <= names
+    assert {"samples.jsonl", "checkpoints", "adapters", "adapter"} <= names
+    assert [path.name for path in (run / "checkpoints").glob("*2.ckpt")] == ["step-00000002.ckpt"]
+    assert any("tfevents" in name for name in names) == (logger == "default")
+
+
+def test_auto_resumes_what_is_unfinished_and_else_starts_anew(
+    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    words = (*FIT, "--data.template", "guanaco", "--trainer.accelerator", "cpu", "--run.name", "a")
+    assert type_in(*words, "--trainer.max_steps", "2", "--ckpt_path", "auto")[0] == 0
+    assert type_in(*words, "--trainer.max_steps", "2", "--ckpt_path", "auto")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "runs/a").iterdir()) == [
+        "version_0",
+        "version_1",
+    ]
+    (tmp_path / "runs/a/version_1/metrics.json").unlink()  # as a kill would have left it
+    assert type_in(*words, "--trainer.max_steps", "3", "--ckpt_path", "auto")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "runs/a").iterdir()) == [
+        "version_0",
+        "version_1",
+    ]
+    assert (tmp_path / "runs/a/version_1/checkpoints/step-00000003.ckpt").is_file()
+
+
+def test_an_older_checkpoint_branches_off_into_a_folder_of_its_own(
+    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    words = (*FIT, "--data.template", "guanaco", "--trainer.accelerator", "cpu", "--run.name", "a")
+    steps = ("--trainer.max_steps", "3", "--checkpoint.every_n_steps", "1")
+    assert type_in(*words, *steps)[0] == 0
+    older = "runs/a/version_0/checkpoints/step-00000002.ckpt"
+    before = (tmp_path / "runs/a/version_0/metrics.csv").read_bytes()
+    assert type_in(*words, *steps, "--ckpt_path", older)[0] == 0
+    adapters = [tmp_path / f"runs/a/version_{n}/adapter/adapter_model.safetensors" for n in (0, 1)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert (tmp_path / "runs/a/version_0/metrics.csv").read_bytes() == before
+
+
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     sys.argv = ["qlora-pl", "--version"]
     assert main() == 0

@@ -164,6 +164,11 @@ def model_card(manifest: AdapterManifest) -> str:
     base = manifest.base["name"]
     lora = manifest.lora
     quantization = manifest.quantization_config
+    precision = manifest.quantization["quant_type"]
+    if quantization is None:
+        precision = manifest.quantization["compute_dtype"]
+    elif manifest.quantization["double_quant"]:
+        precision += " with double quantisation"
     loading = (
         f'    base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")\n'
         if quantization is None
@@ -183,11 +188,7 @@ tags: [lora, qlora, qlora-pl]
 
 Trained for {manifest.step:,} optimizer steps on {
         manifest.data.get("num_train_rows", 0):,} rows, over
-the base in {manifest.quantization["quant_type"]}{
-        " with double quantisation"
-        if quantization and manifest.quantization["double_quant"]
-        else ""
-    }.
+the base in {precision}.
 Rank {lora["r"]}, alpha {lora["alpha"]:g}, dropout {lora["dropout"]:g}; prompt template
 `{
         manifest.template

@@ -224,5 +224,6 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter as PEFT names and saves it, copied to the CPU."""
     import peft  # slow to import
 
-    tensors = peft.get_peft_model_state_dict(model)
+    # Left to itself PEFT looks the base's folder or Hub page up, in case its vocabulary has grown.
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

@@ -41,7 +41,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:Found .* in eval mode"),
 ]
 
 IDS = torch.arange(5, 37).reshape(2, 16)
@@ -244,6 +243,7 @@ def test_an_unquantised_run_names_no_quantisation(tiny_base, rows_file, tmp_path
     manifest = read_adapter_folder(tmp_path / "adapter")
     assert manifest.quantization_config is None
     assert "BitsAndBytesConfig(" not in model_card(manifest)
+    assert "the base in float32." in model_card(manifest)
 
 
 @pytest.mark.parametrize("has_tokenizer", [True, False])

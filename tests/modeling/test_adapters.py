@@ -378,6 +378,14 @@ def test_saved_tensors_are_named_as_plain_peft_names_them(tiny_base, tmp_path):
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in expected.items()}
 
 
+def test_saving_asks_neither_the_bases_folder_nor_the_hub(tmp_path):
+    """PEFT would, for a vocabulary that has grown, and warn that it finds nothing."""
+    base = save_base(tmp_path / "base")
+    model = attach_adapters(load(base), LoRAConfig(r=4), seed=0)
+    base.rename(tmp_path / "elsewhere")
+    assert len(adapter_tensors(model)) == 28
+
+
 def test_saved_tensors_do_not_move_when_training_goes_on(tiny_base):
     model = attach_adapters(load(tiny_base), LoRAConfig(r=4), seed=0)
     saved = adapter_tensors(model)

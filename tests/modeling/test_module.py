@@ -34,7 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:Found .* in eval mode"),
     pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
 ]
 
@@ -318,6 +317,28 @@ def test_modes_and_types_hold_while_training_after_a_validation(tiny_base, rows_
 
     fit(tiny_base, rows_file, Look(), compute="bfloat16", trainer={"val_check_interval": 4})
     assert seen[-1] == 4
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_train_besides_float32_adapters(tmp_path, rows_file, bias):
+    """The base's biases are bf16 and the adapters float32: one step, one norm and one clip."""
+    base = save_base(tmp_path / "base", attention_bias=True)
+    _, recorder = fit(
+        base,
+        rows_file,
+        compute="bfloat16",
+        lora=LoRAConfig(r=4, bias=bias),
+        optimizer=OptimizerConfig(lr=1e-2),
+        trainer={"gradient_clip_val": 0.05},
+    )
+    biases = [name for name in recorder.start if name.endswith(".bias")]
+    assert len(biases) == 8
+    # k_proj's bias shifts all scores of a query alike, which softmax does not see
+    for name in (name for name in biases if "k_proj" not in name):
+        assert not torch.equal(recorder.adapters[-1][name], recorder.start[name]), name
+    norms = [gradient.float().norm() for gradient in recorder.gradients[-1].values()]
+    # 2**-8: the biases' part of the norm is rounded to bf16
+    assert torch.stack(norms).norm().item() == pytest.approx(0.05, rel=2**-8)
 
 
 def test_the_base_does_not_change_by_a_bit(tiny_base, rows_file):

@@ -1,0 +1,115 @@
+"""What only a GPU can show; ``make test-gpu`` runs it in one command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:.*"),
+]
+
+
+def fit(folder: Path, base: Path, rows: Path, steps: int, **options: Any) -> Any:
+    """A few deterministic steps on one GPU, resumed if the folder holds a checkpoint."""
+    from lightning.pytorch import Trainer, seed_everything
+
+    from qlora_pl import (
+        AdapterCheckpoint,
+        InstructionDataModule,
+        LoRAConfig,
+        OptimizerConfig,
+        QLoRAModule,
+        RunMetrics,
+    )
+    from qlora_pl.training.run_folder import newest_verified
+
+    seed_everything(5)
+    module = QLoRAModule(
+        str(base),
+        lora=LoRAConfig(r=options.pop("r", 8), dropout=0.1),
+        optimizer=OptimizerConfig(name=options.pop("optimizer", "paged_adamw_32bit"), lr=1e-2),
+        gradient_checkpointing=False,
+    )
+    data = InstructionDataModule(rows, template="guanaco", val_size=2, batch_size=2)
+    trainer = Trainer(
+        default_root_dir=folder,
+        max_steps=steps,
+        accelerator="gpu",
+        devices=1,
+        deterministic=True,
+        gradient_clip_val=0.3,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[RunMetrics(), AdapterCheckpoint(every_n_steps=1)],
+    )
+    trainer.fit(module, data, ckpt_path=newest_verified(folder))
+    return trainer
+
+
+def test_training_on_a_gpu_lowers_the_loss(
+    tmp_path: Path, tiny_base: Path, rows_file: Path
+) -> None:
+    trainer = fit(tmp_path, tiny_base, rows_file, steps=10)
+    metrics = trainer.callbacks[0]
+    assert metrics.last["val/loss"] < metrics.first["val/loss"]
+
+
+def test_a_resumed_run_is_byte_equal_when_deterministic(
+    tmp_path: Path, tiny_base: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fit(whole, tiny_base, rows_file, steps=6)
+    fit(parts, tiny_base, rows_file, steps=3)
+    fit(parts, tiny_base, rows_file, steps=6)
+    files = [folder / "adapter/adapter_model.safetensors" for folder in (whole, parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_paged_state_lies_in_managed_memory(
+    tmp_path: Path, tiny_base: Path, rows_file: Path
+) -> None:
+    """bitsandbytes pages tensors of at least 1e5 elements: B of a 128-wide layer at rank 1,024."""
+    trainer = fit(tmp_path, tiny_base, rows_file, steps=1, r=1024)
+    optimizer = trainer.optimizers[0]
+    states = [s["state1"] for s in getattr(optimizer, "optimizer", optimizer).state.values()]
+    assert any(getattr(state, "is_paged", False) for state in states)
+
+
+def test_packed_weights_on_a_gpu_reload_bit_for_bit(tiny_base: Path) -> None:
+    from qlora_pl.modeling.identity import identify_base
+    from qlora_pl.modeling.loading import build_skeleton, load_base, plan_quantization
+    from qlora_pl.modeling.quantization import QuantizationConfig
+
+    identity = identify_base(str(tiny_base), None, None)
+    config = QuantizationConfig()
+    plan = plan_quantization(build_skeleton(identity.folder), config)
+    device = torch.device("cuda", 0)
+    made = load_base(identity, config, plan, device=device)
+    read = load_base(identity, config, plan, device=device)
+    assert read.is_from_cache
+    for name in plan.quantized:
+        a, b = made.model.get_parameter(name), read.model.get_parameter(name)
+        assert torch.equal(a, b)
+        assert torch.equal(a.quant_state.absmax, b.quant_state.absmax)
+
+
+@pytest.mark.parametrize(
+    "name", ["paged_adamw_8bit", "paged_lion_32bit", "adamw_8bit", "adamw_torch"]
+)
+def test_every_kind_of_optimizer_steps(
+    tmp_path: Path, tiny_base: Path, rows_file: Path, name: str
+) -> None:
+    fit(tmp_path, tiny_base, rows_file, steps=2, optimizer=name)
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
