@@ -294,8 +294,8 @@ def _check_trainer(trainer: Namespace) -> None:
     problems = []
     if trainer.precision not in (None, "32", 32, "32-true"):
         problems.append(
-            f"trainer.precision: '{trainer.precision}' would change types after loading; leave it at "
-            "32-true and set model.quantization.compute_dtype."
+            f"trainer.precision: '{trainer.precision}' would change types after loading; leave it "
+            "at 32-true and set model.quantization.compute_dtype."
         )
     if trainer.default_root_dir is not None:
         problems.append(

@@ -1,4 +1,4 @@
-"""What can go wrong through a user's hand, one sentence each; the command line prints it and exits with 2.
+"""What can go wrong through a user's hand: one sentence each, which the command line prints.
 
     QLoRAError                  everything that a user can mend
     ├── ConfigurationError      a key, a value, or two values that contradict each other

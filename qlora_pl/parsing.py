@@ -133,6 +133,13 @@ TYPES = {
 }
 
 
+# Lines of jsonargparse's that say nothing to somebody who did not write the types.
+UNTOLD = re.compile(
+    r"(Expected|Does not|Subtypes|Errors|Given|Not a valid|Subclass types|Problem with|"
+    r"a (class|dict))"
+)
+
+
 def explain_parser_error(message: str) -> str:
     """Jsonargparse's message as one sentence that names key and value."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
@@ -161,14 +168,7 @@ def _value_problem(lines: list[str]) -> str:
             return f"the class has no argument '{found[1]}' (in {given})."
         if error.startswith("Unable to load config"):
             return f"expected keys and values, got {error.removeprefix('Unable to load config ')}."
-    told = [
-        error
-        for error in errors
-        if not re.match(
-            r"(Expected|Does not|Subtypes|Errors|Given|Not a valid|Subclass types|Problem with|a (class|dict))",
-            error,
-        )
-    ]
+    told = [error for error in errors if not UNTOLD.match(error)]
     if told:
         return f"{told[0].rstrip('.')} (in {given})."
     wanted = [_type_name(found[1]) for e in errors if (found := re.match(r"Expected an? (.*)", e))]

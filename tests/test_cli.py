@@ -59,7 +59,8 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "key": (
         (*FIT, "--model.lora.rank", "4"),
-        "'model.lora' has no key 'rank' (it has alpha, bias, dropout, dtype, init, r, target_modules).",
+        "'model.lora' has no key 'rank' (it has alpha, bias, dropout, dtype, init, r, "
+        "target_modules).",
     ),
     "misspelt key": (
         (*FIT, "--model.lora.dropuot", "0.1"),
@@ -78,8 +79,8 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         "a run has no key 'lr'; did you mean 'model.optimizer.lr'?",
     ),
     "en dash instead of two hyphens": (
-        (*FIT, "–learning_rate", "1e-4"),
-        "'–learning_rate 1e-4' belongs to no flag; a value follows its --key.",
+        (*FIT, "\u2013learning_rate", "1e-4"),
+        "'\u2013learning_rate 1e-4' belongs to no flag; a value follows its --key.",
     ),
     "choice": (
         (*FIT, "--model.quantization.quant_type", "nf5"),
@@ -138,8 +139,8 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "target module": (
         (*FIT, "--model.lora.target_modules", "q_prj"),
-        "model.lora.target_modules: no linear module matches 'q_prj'; did you mean 'q_proj'? (there "
-        "are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head).",
+        "model.lora.target_modules: no linear module matches 'q_prj'; did you mean 'q_proj'? "
+        "(there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head).",
     ),
     "head as a target": (
         (*FIT, "--model.lora.target_modules", "[q_proj, lm_head]"),
@@ -318,8 +319,8 @@ def test_help_answers_without_torch() -> None:
     code = (
         "import sys; sys.argv = ['qlora-pl', '--help']\n"
         "from qlora_pl.__main__ import main; main()\n"
-        "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "slow = {'torch', 'lightning', 'transformers', 'jsonargparse', 'numpy'} & {*sys.modules}\n"
+        "assert not slow, slow"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

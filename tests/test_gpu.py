@@ -80,7 +80,7 @@ def test_a_resumed_run_is_byte_equal_when_deterministic(
 def test_paged_state_lies_in_managed_memory(
     tmp_path: Path, tiny_base: Path, rows_file: Path
 ) -> None:
-    """bitsandbytes pages tensors of at least 1e5 elements: B of a 128-wide layer at rank 1,024."""
+    """Paged are tensors of at least 1e5 elements: B of a 128-wide layer at rank 1,024."""
     trainer = fit(tmp_path, tiny_base, rows_file, steps=1, r=1024)
     optimizer = trainer.optimizers[0]
     states = [s["state1"] for s in getattr(optimizer, "optimizer", optimizer).state.values()]

@@ -1,8 +1,8 @@
 """A 4-bit quantiser in plain torch: the readable second opinion on bitsandbytes' kernels.
 
 In: a weight. Out: packed codes and their scales, and the weight they decode to; bit for bit what
-bitsandbytes makes of it on a CPU, which the tests hold. It therefore imports nothing of bitsandbytes
-and computes every table from its definition: a shared table would agree with a wrong one too.
+bitsandbytes makes of it on a CPU, which the tests hold. It therefore imports nothing of it and
+computes every table from its definition: a shared table would agree with a wrong one too.
 """
 
 from __future__ import annotations

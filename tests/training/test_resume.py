@@ -31,7 +31,7 @@ pytestmark = [
 
 
 class Killed(Exception):
-    pass
+    """Stands for a kill, within one process."""
 
 
 class KillAt(Callback):
