@@ -239,7 +239,6 @@ class QLoRAModule(LightningModule):
         assert self.base is not None
         counts = count_parameters(self.model)
         kinds = ", ".join(f"{number:,} in {dtype}" for dtype, number in counts.by_dtype.items())
-        listed = [name for name, role in self.plan.kept.items() if role == "linear"]
         lines = [
             f"{self.model_name_or_path}: {counts.total:,} weights ({kinds}), "
             f"{counts.stored_bytes / 2**30:.2f} GiB",
@@ -249,8 +248,9 @@ class QLoRAModule(LightningModule):
         if self.quantization.is_quantized:
             source = "read from the cache" if self.base.is_from_cache else "quantised now"
             lines.append(f"{len(self.plan.quantized)} matrices in 4 bits, {source}")
-        if listed:
-            lines.append(f"kept in 16 bits as asked: {', '.join(listed)}")
+            kept = self.plan.kept.items()
+            if skipped := [name for name, role in kept if role in ("linear", "other")]:
+                lines.append(f"not in 4 bits, as asked: {', '.join(skipped)}")
         return "\n".join(lines)
 
     def on_train_start(self) -> None:
