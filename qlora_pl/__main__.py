@@ -91,7 +91,6 @@ def quieten() -> None:
         ".*does not have many workers",  # rows are encoded already; a worker would only cost memory
         "You're resuming from a checkpoint that ended before the epoch",  # the data module resumes
         ".*smaller than the logging interval",
-        "Found .* module.* in eval mode at the start",
         "Total length of `list` across ranks is zero",  # no validation rows were asked for
         ".*when logging on epoch level in distributed setting",  # the sums are exchanged already
         "The `srun` command is available on your system",

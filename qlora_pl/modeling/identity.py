@@ -162,6 +162,8 @@ def _config_digest(path: Path) -> str:
     if not isinstance(config, dict):
         raise ConfigurationError(f"model.model_name_or_path: '{path}' holds no settings.")
     lasting = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
+    if "auto_map" in lasting:  # the model's code comes with it, and is part of what it computes
+        lasting |= {code.name: sha256_file(code) for code in sorted(path.parent.glob("*.py"))}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 

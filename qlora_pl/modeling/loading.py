@@ -7,11 +7,7 @@ is made from the model's structure first, and what was loaded is held against it
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,16 +15,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qlora_pl.errors import ConfigurationError, HardwareError, TrainingStoppedError
-from qlora_pl.files import TEMPORARY_PREFIX, sha256_file, write_json
-from qlora_pl.modeling.identity import BaseIdentity, cache_root, file_digest
+from qlora_pl.errors import ConfigurationError, HardwareError
+from qlora_pl.modeling.identity import BaseIdentity
+from qlora_pl.modeling.packed_cache import packed_folder, verify_packed, write_packed
 from qlora_pl.modeling.quantization import QuantizationConfig, resolve_compute_dtype
 from qlora_pl.modeling.structure import Role, head_name, matches, matrices
 
 logger = logging.getLogger(__name__)
-
-CACHE_FORMAT = 1
-"""Raised when packed weights written by an older version must not be read again."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +117,7 @@ def load_base(
     cache_dir: str | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    is_first_rank: bool = True,
 ) -> LoadedBase:
     """Load a base onto a device, quantised as planned; from packed weights if there are any.
 
@@ -135,6 +129,7 @@ def load_base(
         cache_dir: See ``cache_root``.
         attn_implementation: transformers' name of an attention kernel.
         trust_remote_code: Whether code in the model's folder may run.
+        is_first_rank: Whether this process is the one that keeps a packed copy.
 
     Raises:
         ConfigurationError: if a matrix is missing, or was not quantised as planned.
@@ -158,8 +153,8 @@ def load_base(
     account_for(model, plan, config)
     if device.type == "cpu":
         refuse_misread_widths(model, plan)
-    if keep_copy and not is_from_cache:
-        _write_packed(model, packed)
+    if keep_copy and not is_from_cache and is_first_rank:
+        write_packed(model, packed)
     keep_gradients_on_cpu(model)
     model.requires_grad_(False)
     return LoadedBase(model, plan, dtype, is_from_cache)
@@ -185,6 +180,14 @@ def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
         raise ConfigurationError(
             f"model.model_name_or_path: '{folder}' does not hold {len(missing)} of the weights its "
             f"config.json asks for ({', '.join(missing[:3])}); they would have been random."
+        )
+    if ignored := sorted(info["unexpected_keys"]):
+        logger.warning(
+            "'%s' holds %d weights that its config.json does not ask for and that are left out "
+            "(%s).",
+            folder,
+            len(ignored),
+            ", ".join(ignored[:3]),
         )
     loaded: nn.Module = model
     return loaded
@@ -287,77 +290,3 @@ def prepare_for_training(model: nn.Module, gradient_checkpointing: bool) -> None
         else:
             model.gradient_checkpointing_enable(options)  # type: ignore[operator]
     model.train()
-
-
-# -- packed weights on disk ------------------------------------------------------------------------
-
-
-def packed_folder(
-    identity: BaseIdentity,
-    config: QuantizationConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    cache_dir: str | None,
-) -> Path:
-    """Where the packed copy of a base under a quantisation lies; its name says all it depends on.
-
-    The kind of device is part of it: bitsandbytes rounds the 8-bit constants on a grid on CPUs (0.2
-    % of them come out one code off), and breaks FP4's ties differently.
-    """
-    skipped = hashlib.sha256(json.dumps(sorted(config.skip_modules)).encode()).hexdigest()[:12]
-    parts = [
-        identity.fingerprint[:20],
-        config.quant_type,
-        "dq" if config.double_quant else "plain",
-        config.storage_dtype,
-        str(dtype).split(".")[-1],
-        device.type,
-        f"v{CACHE_FORMAT}",
-        # a digest, because the names of many modules are longer than a folder's name may be
-        *([f"skip-{skipped}"] if config.skip_modules else []),
-    ]
-    return cache_root(cache_dir) / "packed" / "-".join(parts)
-
-
-def verify_packed(folder: Path, cache_dir: str | None) -> bool:
-    """Whether a packed copy is there and every file of it is what was written."""
-    record = folder / "packed.json"
-    if not record.is_file():
-        return False
-    known = cache_root(cache_dir) / "fingerprints"
-    try:
-        files: dict[str, str] = json.loads(record.read_text())["files"]
-    except (ValueError, KeyError, TypeError):
-        files = {record.name: "unreadable"}
-    for name, digest in files.items():
-        path = folder / name
-        if not path.is_file() or file_digest(path, known) != digest:
-            logger.warning("'%s' was altered since it was written; quantising again.", path)
-            shutil.rmtree(folder, ignore_errors=True)
-            return False
-    return True
-
-
-def _write_packed(model: nn.Module, folder: Path) -> None:
-    """Keep the packed weights for the next start; a cache that cannot be written is no error."""
-    from safetensors import SafetensorError
-
-    needed = sum(p.numel() * p.element_size() for p in model.parameters()) * 1.1
-    root = folder.parent
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(root).free < needed:
-            logger.warning("No room in '%s' to keep the packed weights; going on without.", root)
-            return
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=root))
-        model.save_pretrained(temporary)  # type: ignore[operator]
-        digests = {p.name: sha256_file(p) for p in sorted(temporary.iterdir())}
-        write_json(temporary / "packed.json", {"format": CACHE_FORMAT, "files": digests})
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except (OSError, SafetensorError, TrainingStoppedError) as error:
-        if not folder.exists():  # it does if another process was faster, which is as good
-            logger.warning("The packed weights were not kept in '%s' (%s).", root, error)
-    finally:
-        if "temporary" in locals():
-            shutil.rmtree(temporary, ignore_errors=True)

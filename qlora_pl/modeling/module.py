@@ -8,11 +8,10 @@ holds nothing of the base.
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -22,15 +21,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
-from qlora_pl.batch import FILLER_ROW, Batch, PromptBatch
+from qlora_pl.batch import Batch, PromptBatch
 from qlora_pl.errors import CheckpointError, ConfigurationError, TrainingStoppedError
 from qlora_pl.modeling.adapters import (
     LoRAConfig,
     attach_adapters,
-    count_parameters,
     resolve_targets,
     trainable_tensors,
 )
+from qlora_pl.modeling.compatibility import differences, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
 from qlora_pl.modeling.identity import BaseIdentity, identify_base
 from qlora_pl.modeling.loading import (
@@ -40,7 +39,7 @@ from qlora_pl.modeling.loading import (
     plan_quantization,
     prepare_for_training,
 )
-from qlora_pl.modeling.loss import LossSum, Normalization, causal_lm_loss
+from qlora_pl.modeling.loss import Normalization, causal_lm_loss
 from qlora_pl.modeling.optimizer_state import (
     named_optimizer_state,
     optimizer_state_from_names,
@@ -52,68 +51,20 @@ from qlora_pl.modeling.optimizers import (
     build_schedule,
 )
 from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.step import (
+    MicroBatch,
+    StepStatistics,
+    refuse_silent_adapters,
+    sum_over_step,
+    suspects,
+)
+from qlora_pl.modeling.summary import summarize
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "qlora_pl"
-SHAPING_KEYS = ("r", "alpha", "bias", "target_modules")
-"""What of an adapter's settings matters when it is only used."""
 LARGE_BASE = 13.5e9  # weights; "13B" models have 13.0e9
 LARGE_BASE_LR = 1.0e-4  # the paper's rate above 13B (table 9)
-
-
-class MicroBatch(NamedTuple):
-    """What is remembered of a micro-batch until its step ends."""
-
-    loss: LossSum
-    lengths: Tensor
-    """``(B,)`` tokens of each row."""
-    row_ids: Tensor
-    num_padded_tokens: int
-
-    @classmethod
-    def of(cls, loss: LossSum, batch: Batch) -> MicroBatch:
-        """Without the graph, and without what the batch holds besides."""
-        lengths = batch["attention_mask"].sum(dim=1)
-        lengths = lengths * (batch["row_ids"] != FILLER_ROW)
-        detached = loss._replace(total=loss.total.detach())
-        return cls(detached, lengths, batch["row_ids"], batch["attention_mask"].numel())
-
-    def sums(self) -> Tensor:
-        """``(7,)`` float64, on the device: no copy to the host until the step ends."""
-        lengths = self.lengths.double()
-        parts = (
-            self.loss.weight,
-            self.loss.token_sum,
-            self.loss.num_tokens,
-            lengths.sum(),
-            lengths.new_tensor(self.num_padded_tokens),
-            lengths.square().sum(),
-            (self.row_ids != FILLER_ROW).sum(),
-        )
-        return torch.stack([part.double() for part in parts])
-
-
-@dataclass(frozen=True)
-class StepStatistics:
-    """What one optimizer step was made of, over all micro-batches and devices."""
-
-    loss: float
-    """Nats per trained token."""
-    grad_norm: float
-    """Norm of all gradients, before clipping."""
-    learning_rate: float
-    """Of the first parameter group, in this step."""
-    num_trained_tokens: int
-    num_tokens: int
-    """Tokens without padding."""
-    num_padded_tokens: int
-    """Tokens with padding: what the model computed."""
-    num_token_pairs: int
-    """Sum of the squared row lengths, for counting the operations of attention."""
-    num_rows: int
-    row_ids: tuple[int, ...]
-    """This device's rows of the step."""
 
 
 class QLoRAModule(LightningModule):
@@ -226,32 +177,14 @@ class QLoRAModule(LightningModule):
             cache_dir=self.cache_dir,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
+            is_first_rank=self.trainer.is_global_zero,
         )
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.model = attach_adapters(self.base.model, self.lora, seed)
         prepare_for_training(self.model, self.gradient_checkpointing)
         if self.trainer.is_global_zero:
-            logger.info("%s", self.summary())
-
-    def summary(self) -> str:
-        """What was loaded and what trains, in a few lines."""
-        assert self.model is not None
-        assert self.base is not None
-        counts = count_parameters(self.model)
-        kinds = ", ".join(f"{number:,} in {dtype}" for dtype, number in counts.by_dtype.items())
-        lines = [
-            f"{self.model_name_or_path}: {counts.total:,} weights ({kinds}), "
-            f"{counts.stored_bytes / 2**30:.2f} GiB",
-            f"trainable: {counts.trainable:,} ({counts.trainable / counts.total:.3%}), "
-            f"multiplied in {str(self.base.compute_dtype).split('.')[-1]}",
-        ]
-        if self.quantization.is_quantized:
-            source = "read from the cache" if self.base.is_from_cache else "quantised now"
-            lines.append(f"{len(self.plan.quantized)} matrices in 4 bits, {source}")
-            kept = self.plan.kept.items()
-            if skipped := [name for name, role in kept if role in ("linear", "other")]:
-                lines.append(f"not in 4 bits, as asked: {', '.join(skipped)}")
-        return "\n".join(lines)
+            name = self.model_name_or_path
+            logger.info("%s", summarize(name, self.model, self.base, self.quantization))
 
     def on_train_start(self) -> None:
         """Begin dropout where the seed says, whatever happened while loading and sampling."""
@@ -271,79 +204,34 @@ class QLoRAModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn gradients of sums into gradients of the step's mean; runs before clipping."""
-        sums = self._sum_over_step()
-        # Strategies average gradients over devices; the sum is the average times their number.
-        factor = self.trainer.world_size / max(sums["weight"], 1.0)
+        sums = sum_over_step(self._micro_batches, self.trainer.world_size, self.device)
         trained = self.trained_tensors()
         gradients = [p.grad for p in trained.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, factor)
-        self.last_step = StepStatistics(
-            loss=sums["nats"] / max(sums["trained_tokens"], 1.0),
+        # Strategies average gradients over devices; the sum is the average times their number.
+        torch._foreach_mul_(gradients, self.trainer.world_size / max(sums.weight, 1.0))
+        self.last_step = StepStatistics.of(
+            sums,
+            row_ids=[row for batch in self._micro_batches for row in batch.row_ids.tolist()],
             grad_norm=float(torch.nn.utils.get_total_norm(gradients)),
             learning_rate=optimizer.param_groups[0]["lr"],
-            num_trained_tokens=int(sums["trained_tokens"]),
-            num_tokens=int(sums["tokens"]),
-            num_padded_tokens=int(sums["padded_tokens"]),
-            num_token_pairs=int(sums["token_pairs"]),
-            num_rows=int(sums["rows"]),
-            row_ids=tuple(i for batch in self._micro_batches for i in batch.row_ids.tolist()),
         )
         self._stop_if_diverged(self.last_step)
         if self.trainer.global_step == 0:
-            self._check_every_adapter_learns(trained)
+            refuse_silent_adapters(trained)
         self._micro_batches.clear()
 
-    def _sum_over_step(self) -> dict[str, float]:
-        """Sums over this step's micro-batches and all devices, in one exchange."""
-        names = (
-            "weight",
-            "nats",
-            "trained_tokens",
-            "tokens",
-            "padded_tokens",
-            "token_pairs",
-            "rows",
-        )
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        for micro_batch in self._micro_batches:
-            sums += micro_batch.sums()
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        return dict(zip(names, sums.tolist(), strict=True))
-
-    def _check_every_adapter_learns(self, trained: Mapping[str, nn.Parameter]) -> None:
-        silent = [
-            name
-            for name, parameter in trained.items()
-            if "lora_B" in name and (parameter.grad is None or not parameter.grad.any())
-        ]
-        if silent:
-            raise TrainingStoppedError(
-                f"Step 1: {len(silent)} adapters received no gradient ('{silent[0]}' is one), so "
-                "they would never learn; leave them out of model.lora.target_modules."
-            )
-
     def _stop_if_diverged(self, step: StepStatistics) -> None:
-        if step.num_trained_tokens and step.loss == 0.0:
-            problem = "the loss is exactly 0"
-        elif not math.isfinite(step.loss):
-            problem = f"the loss is {step.loss}"
-        elif not math.isfinite(step.grad_norm):
-            problem = f"the gradient's norm is {step.grad_norm}"
-        else:
+        if (problem := step.divergence()) is None:
             return
-        bad = [m for m in self._micro_batches if not m.loss.token_sum.isfinite()]
-        row_ids = [row for m in bad or self._micro_batches for row in m.row_ids.tolist()]
+        row_ids = suspects(self._micro_batches)
+        shown, more = row_ids[:8], len(row_ids) - 8
         data = getattr(self.trainer, "datamodule", None)
-        rows = (
-            data.name_rows(row_ids[:8]) if data is not None else [f"row {i}" for i in row_ids[:8]]
-        )
-        more = f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else ""
+        rows = data.name_rows(shown) if data is not None else [f"row {row}" for row in shown]
         saved = getattr(self.trainer.checkpoint_callback, "last_checkpoint", None)
         raise TrainingStoppedError(
-            f"Step {self.trainer.global_step + 1}: {problem}, with {', '.join(rows)}{more}; "
-            f"nothing was updated, and the last good checkpoint is {saved or 'none yet'}. Lower "
-            "model.optimizer.lr, or look at these rows."
+            f"Step {self.trainer.global_step + 1}: {problem}, with {', '.join(rows)}"
+            f"{f' and {more} more' if more > 0 else ''}; nothing was updated, and the last good "
+            f"checkpoint is {saved or 'none yet'}. Lower model.optimizer.lr, or look at these rows."
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -376,6 +264,8 @@ class QLoRAModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers, one mapping a row: row, prompt, answer, reference."""
+        if not batch["prompts"]:  # the end of a split that does not divide by the devices
+            return []
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         answers = generate_answers(
             self._adapted,
@@ -436,18 +326,7 @@ class QLoRAModule(LightningModule):
             CheckpointError: naming what differs.
         """
         own = self.trained_tensors()
-        problems = [f"lacks '{name}'" for name in own if name not in state_dict]
-        problems += [f"has an unknown '{name}'" for name in state_dict if name not in own]
-        problems += [
-            f"has '{name}' of shape {tuple(state_dict[name].shape)}, not {tuple(p.shape)}"
-            for name, p in own.items()
-            if name in state_dict and state_dict[name].shape != p.shape
-        ]
-        if problems:
-            raise CheckpointError(
-                f"The checkpoint {problems[0]}"
-                + (f" (and {len(problems) - 1} more)." if len(problems) > 1 else ".")
-            )
+        refuse_other_tensors(own, state_dict)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state_dict[name])
@@ -494,7 +373,7 @@ class QLoRAModule(LightningModule):
             raise CheckpointError("The checkpoint was not written by qlora_pl; it holds no record.")
         is_training = self.trainer.state.fn == TrainerFn.FITTING
         saved = checkpoint[CHECKPOINT_KEY]
-        if problems := list(_differences(saved, self.describe(), is_training)):
+        if problems := list(differences(saved, self.describe(), is_training)):
             raise CheckpointError(problems)
         if not self.trainer.optimizers:  # Lightning restores the model before it builds these
             self._resumed = checkpoint
@@ -513,29 +392,3 @@ class QLoRAModule(LightningModule):
 def _unwrap(optimizer: Any) -> Optimizer:
     inner: Optimizer = getattr(optimizer, "_optimizer", optimizer)
     return inner
-
-
-def _differences(
-    saved: Mapping[str, Any], now: Mapping[str, Any], is_training: bool
-) -> Iterator[str]:
-    """One sentence for each value that a checkpoint and this run do not share."""
-    if saved["base"]["weights"] != now["base"]["weights"]:
-        yield (
-            f"The checkpoint's base '{saved['base']['name']}' has other weights than "
-            f"'{now['base']['name']}' (fingerprints {saved['base']['weights'][:12]} and "
-            f"{now['base']['weights'][:12]}). Name the base it was trained on."
-        )
-    elif saved["base"]["config"] != now["base"]["config"]:
-        yield (
-            f"The base '{now['base']['name']}' has the checkpoint's weights, but its config.json "
-            "says another computation. Use the configuration it was trained with."
-        )
-    for group, values in now.items():
-        for key, value in values.items() if group != "base" else ():
-            matters = is_training or group == "quantization" or key in SHAPING_KEYS
-            if matters and saved[group].get(key) != value:
-                name = key if group == "loss" else f"{group}.{key}"
-                yield (
-                    f"The checkpoint was trained with model.{name}={saved[group].get(key)}, this "
-                    f"run has {value}. Use the checkpoint's value, or start without --ckpt_path."
-                )

@@ -143,6 +143,8 @@ def _run_yaml(run: Path) -> str:
 def make_manifest(module: Any, data: Any, step: int) -> AdapterManifest:
     """What the adapter of this run belongs to."""
     described = module.describe()
+    if Path(described["base"]["name"]).is_dir():  # must lead to the base from any directory
+        described["base"]["name"] = str(module.identity.folder.resolve())
     quantization_config = None
     if module.quantization.is_quantized:
         plain = bitsandbytes_config(
@@ -236,7 +238,8 @@ def compare_logits(module: LightningModule, tensors: Mapping[str, Tensor], folde
     model: Any = module.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
     probe = torch.arange(PROBE_TOKENS, device=module.device).remainder(vocabulary).unsqueeze(0)
-    kept = {name: t.clone() for name, t in peft.get_peft_model_state_dict(model).items()}
+    live = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    kept = {name: tensor.clone() for name, tensor in live.items()}
     with evaluation_mode(model), torch.no_grad():
         before = model(input_ids=probe, use_cache=False).logits
         peft.set_peft_model_state_dict(model, dict(tensors))

@@ -281,3 +281,17 @@ def test_a_name_that_is_nothing_is_one_sentence(tmp_path):
 )
 def test_paths_are_not_looked_up_on_the_hub(name, expected):
     assert is_hub_name(name) is expected
+
+
+def test_code_that_comes_with_a_model_is_part_of_what_it_is(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text("ANSWER = 42\n")
+    before = identify_base(str(folder), None, None)
+    (folder / "modeling_own.py").write_text("ANSWER = 43\n")
+    assert identify_base(str(folder), None, None).fingerprint != before.fingerprint

@@ -29,6 +29,7 @@ from qlora_pl.modeling.loading import build_skeleton, load_base, plan_quantizati
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.summary import summarize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -549,7 +550,7 @@ def test_the_summary_lists_what_was_skipped_and_nothing_else(tiny_base, quantiza
     """By hand: 73,728 weights in linears, 65,856 in the other tensors, 8,192 in adapters."""
     module = set_up(tiny_base, quantization=quantization)
     module.configure_model()
-    lines = module.summary().splitlines()
+    lines = summarize(str(tiny_base), module.model, module.base, quantization).splitlines()
     assert lines[0].startswith(f"{tiny_base}: 147,776 weights (")
     assert lines[1].startswith("trainable: 8,192 (5.544%)")
     for line, words in zip(lines[2:], expected, strict=True):

@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:Found .* in eval mode"),
 ]
 
 

@@ -1,0 +1,57 @@
+"""What a checkpoint may be continued by: each difference between two runs as one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qlora_pl.errors import CheckpointError
+
+SHAPING_KEYS = ("r", "alpha", "bias", "target_modules")
+"""What of an adapter's settings matters when it is only used."""
+
+
+def differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], is_training: bool
+) -> Iterator[str]:
+    """One sentence for each value that a checkpoint and this run do not share."""
+    if saved["base"]["weights"] != now["base"]["weights"]:
+        yield (
+            f"The checkpoint's base '{saved['base']['name']}' has other weights than "
+            f"'{now['base']['name']}' (fingerprints {saved['base']['weights'][:12]} and "
+            f"{now['base']['weights'][:12]}). Name the base it was trained on."
+        )
+    elif saved["base"]["config"] != now["base"]["config"]:
+        yield (
+            f"The base '{now['base']['name']}' has the checkpoint's weights, but its config.json "
+            "says another computation. Use the configuration it was trained with."
+        )
+    for group, values in now.items():
+        for key, value in values.items() if group != "base" else ():
+            matters = is_training or group == "quantization" or key in SHAPING_KEYS
+            if matters and saved[group].get(key) != value:
+                name = key if group == "loss" else f"{group}.{key}"
+                yield (
+                    f"The checkpoint was trained with model.{name}={saved[group].get(key)}, this "
+                    f"run has {value}. Use the checkpoint's value, or start without --ckpt_path."
+                )
+
+
+def refuse_other_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Saved tensors must have exactly the names and shapes of the module's.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    problems = [f"lacks '{name}'" for name in own if name not in saved]
+    problems += [f"has an unknown '{name}'" for name in saved if name not in own]
+    problems += [
+        f"has '{name}' of shape {tuple(saved[name].shape)}, not {tuple(parameter.shape)}"
+        for name, parameter in own.items()
+        if name in saved and saved[name].shape != parameter.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"The checkpoint {problems[0]}{more}.")

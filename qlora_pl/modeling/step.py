@@ -1,0 +1,149 @@
+"""What an optimizer step was made of, and when it must not be taken.
+
+Micro-batches are remembered as a few numbers on their device until the step ends; one exchange then
+gives the sums over all of them and all devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qlora_pl.batch import FILLER_ROW, Batch
+from qlora_pl.errors import TrainingStoppedError
+from qlora_pl.modeling.loss import LossSum
+
+
+class StepSums(NamedTuple):
+    """Sums over the micro-batches of a step and all devices."""
+
+    weight: float
+    """What the gradients are divided by: trained tokens, or rows."""
+    nats: float
+    trained_tokens: float
+    tokens: float
+    padded_tokens: float
+    token_pairs: float
+    rows: float
+
+
+class MicroBatch(NamedTuple):
+    """What is remembered of a micro-batch until its step ends."""
+
+    loss: LossSum
+    lengths: Tensor
+    """``(B,)`` tokens of each row."""
+    row_ids: Tensor
+    num_padded_tokens: int
+
+    @classmethod
+    def of(cls, loss: LossSum, batch: Batch) -> MicroBatch:
+        """Without the graph, and without what the batch holds besides."""
+        lengths = batch["attention_mask"].sum(dim=1)
+        lengths = lengths * (batch["row_ids"] != FILLER_ROW)
+        detached = loss._replace(total=loss.total.detach())
+        return cls(detached, lengths, batch["row_ids"], batch["attention_mask"].numel())
+
+    def sums(self) -> Tensor:
+        """The parts of ``StepSums``, float64, on the device: nothing waits until the step ends."""
+        lengths = self.lengths.double()
+        parts = (
+            self.loss.weight,
+            self.loss.token_sum,
+            self.loss.num_tokens,
+            lengths.sum(),
+            lengths.new_tensor(self.num_padded_tokens),
+            lengths.square().sum(),
+            (self.row_ids != FILLER_ROW).sum(),
+        )
+        return torch.stack([part.double() for part in parts])
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What one optimizer step was made of, over all micro-batches and devices."""
+
+    loss: float
+    """Nats per trained token."""
+    grad_norm: float
+    """Norm of all gradients, before clipping."""
+    learning_rate: float
+    """Of the first parameter group, in this step."""
+    num_trained_tokens: int
+    num_tokens: int
+    """Tokens without padding."""
+    num_padded_tokens: int
+    """Tokens with padding: what the model computed."""
+    num_token_pairs: int
+    """Sum of the squared row lengths, for counting the operations of attention."""
+    num_rows: int
+    row_ids: tuple[int, ...]
+    """This device's rows of the step."""
+
+    @classmethod
+    def of(
+        cls, sums: StepSums, row_ids: Sequence[int], grad_norm: float, learning_rate: float
+    ) -> StepStatistics:
+        """From a step's sums."""
+        return cls(
+            loss=sums.nats / max(sums.trained_tokens, 1.0),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            num_trained_tokens=int(sums.trained_tokens),
+            num_tokens=int(sums.tokens),
+            num_padded_tokens=int(sums.padded_tokens),
+            num_token_pairs=int(sums.token_pairs),
+            num_rows=int(sums.rows),
+            row_ids=tuple(row_ids),
+        )
+
+    def divergence(self) -> str | None:
+        """One clause on why this step must not be taken, or None."""
+        if self.num_trained_tokens and self.loss == 0.0:
+            return "the loss is exactly 0"
+        if not math.isfinite(self.loss):
+            return f"the loss is {self.loss}"
+        if not math.isfinite(self.grad_norm):
+            return f"the gradient's norm is {self.grad_norm}"
+        return None
+
+
+def sum_over_step(
+    micro_batches: Sequence[MicroBatch], world_size: int, device: torch.device
+) -> StepSums:
+    """Add up a step's micro-batches on all devices."""
+    sums = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)
+    for micro_batch in micro_batches:
+        sums += micro_batch.sums()
+    if world_size > 1:
+        torch.distributed.all_reduce(sums)
+    return StepSums(*sums.tolist())
+
+
+def suspects(micro_batches: Sequence[MicroBatch]) -> list[int]:
+    """Rows of the micro-batches whose loss is not finite, or of all where none stands out."""
+    bad = [batch for batch in micro_batches if not batch.loss.token_sum.isfinite()]
+    return [row for batch in bad or micro_batches for row in batch.row_ids.tolist()]
+
+
+def refuse_silent_adapters(trained: Mapping[str, nn.Parameter]) -> None:
+    """At the first step every B has a gradient, though every A has none yet.
+
+    Raises:
+        TrainingStoppedError: naming one that has not.
+    """
+    silent = [
+        name
+        for name, parameter in trained.items()
+        if "lora_B" in name and (parameter.grad is None or not parameter.grad.any())
+    ]
+    if silent:
+        raise TrainingStoppedError(
+            f"Step 1: {len(silent)} adapters received no gradient ('{silent[0]}' is one), so they "
+            "would never learn; leave them out of model.lora.target_modules."
+        )
