@@ -114,7 +114,7 @@ class RunMetrics(Callback):
         """Add the validation to the step's row."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             evaluation = cast(dict[str, float], pl_module.last_evaluation)
-            self.last |= evaluation
+            self.last |= {**evaluation, "val/step": trainer.global_step}
             self._row |= {"step": trainer.global_step, "epoch": trainer.current_epoch, **evaluation}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -64,8 +64,8 @@ class RunRecord(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         metrics = next((c.last for c in _callbacks(trainer) if isinstance(c, RunMetrics)), {})
-        shown = {f"final/{name}": v for name, v in metrics.items() if name.startswith("val/")}
-        shown |= {"final/train/loss": metrics["train/loss"]} if "train/loss" in metrics else {}
+        names = ("train/loss", "val/loss", "val/perplexity")
+        shown = {f"final/{name}": metrics[name] for name in names if name in metrics}
         parameters = {
             key: value
             for key, value in flatten(yaml.safe_load(self.text)).items()
