@@ -202,9 +202,9 @@ def test_a_device_without_rows_gets_a_filler_that_teaches_nothing():
     ]
     assert [share["row_ids"].tolist() for share in shares] == [[0, 1], [2, 3], [4], [FILLER_ROW]]
     filler = shares[3]
-    assert filler["input_ids"].tolist() == [[PAD]]
-    assert filler["attention_mask"].tolist() == [[1]]  # a row of nothing but padding gives NaN
-    assert filler["labels"].tolist() == [[IGNORE_INDEX]]
+    assert filler["input_ids"].tolist() == [[PAD] * 8]
+    assert filler["attention_mask"].tolist() == [[1] + [0] * 7]  # one, or attention gives NaN
+    assert filler["labels"].tolist() == [[IGNORE_INDEX] * 8]
 
 
 @pytest.mark.parametrize("number", [1, 2, 7, 24])
@@ -260,9 +260,9 @@ def test_rows_are_padded_on_the_right_and_masked_by_length():
         np.array([0, 3, 5]),
     )
     batch = collate(rows, np.array([1, 0]), PAD)
-    assert batch["input_ids"].tolist() == [[7, 8, PAD], [4, PAD, PAD]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, 8, -100], [-100, -100, PAD]]
+    assert batch["input_ids"].tolist() == [[7, 8, *[PAD] * 6], [4, *[PAD] * 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, *[0] * 6], [1, 1, 1, *[0] * 5]]
+    assert batch["labels"].tolist() == [[-100, 8, *[-100] * 6], [-100, -100, PAD, *[-100] * 5]]
     assert batch["row_ids"].tolist() == [1, 0]
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     assert [tensor.dtype for tensor in tensors] == [torch.int64] * 4
@@ -278,13 +278,15 @@ def test_prompts_are_padded_on_the_left():
     assert set(batch) == set(PromptBatch.__annotations__)
 
 
-def test_a_batch_is_as_wide_as_its_longest_row():
+def test_a_batch_is_as_wide_as_its_longest_row_rounded_up_to_8():
     rows = rows_of_lengths(random_lengths(40))
     batches = TrainingBatches(rows, BatchLayout(4, 2), 0, True, PAD)
     for key in batches.keys(0):
         batch = batches[key]
         row_ids = batch["row_ids"].tolist()
-        assert batch["input_ids"].shape[1] == max(rows.lengths[row_ids])
+        width = batch["input_ids"].shape[1]
+        assert width % 8 == 0
+        assert 0 <= width - max(rows.lengths[row_ids]) < 8
         assert batch["attention_mask"].sum(1).tolist() == rows.lengths[row_ids].tolist()
         for place, row in enumerate(row_ids):
             assert batch["input_ids"][place, : rows.lengths[row]].eq(row).all()

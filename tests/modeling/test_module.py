@@ -272,7 +272,8 @@ def test_the_statistics_of_a_step_are_those_of_its_rows(tiny_base, rows_file):
         assert step.num_rows == 6
         assert step.num_tokens == sum(lengths)
         assert step.num_token_pairs == sum(length**2 for length in lengths)
-        assert step.num_padded_tokens == 3 * max(lengths[:3]) + 3 * max(lengths[3:])
+        widths = [-(-max(part) // 8) * 8 for part in (lengths[:3], lengths[3:])]
+        assert step.num_padded_tokens == 3 * widths[0] + 3 * widths[1]
         assert step.num_trained_tokens == sum((rows[i][1] != -100).sum() for i in step.row_ids)
         assert step.learning_rate == 0.1
         norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
