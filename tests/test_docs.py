@@ -72,7 +72,7 @@ def test_a_fit_command_of_the_pages_parses(
     words = ["experiments/quickstart.yaml" if word == "my.yaml" else word for word in words]
     words = [str(rows_file) if word == "rows.jsonl" else word for word in words]
     if words[0] not in ("--help", "--print_config"):
-        read_runs([words])
+        assert len(read_runs([words])) == 1
 
 
 def blocks(path: str) -> list[str]:

@@ -57,7 +57,7 @@ def test_a_part_fits_its_group(path: Path, quickstart_base: None) -> None:
         f"--{path.parent.name}",
         str(path),
     ]
-    read_runs([words])
+    assert len(read_runs([words])) == 1
 
 
 @pytest.mark.parametrize("path", [*EXPERIMENTS, *PARTS], ids=name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -228,6 +229,10 @@ class EncodedRows:
 
     def fingerprint(self) -> str:
         """SHA-256 of ids, labels and boundaries: what a run trained on, whatever its file name."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:  # every save asks for it
         digest = hashlib.sha256()
         for array in (self.input_ids, self.is_trained, self.starts):
             digest.update(np.ascontiguousarray(array).tobytes())

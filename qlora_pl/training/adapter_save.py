@@ -7,7 +7,6 @@ empty or half-gathered adapter is found at step 1, not after days.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -33,8 +32,6 @@ from qlora_pl.modeling.adapter_folder import (
 from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.loading import bitsandbytes_config
 from qlora_pl.training.run_folder import adapter_path, digest_path
-
-logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
 VERSIONED = ("qlora-pl", "torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets")

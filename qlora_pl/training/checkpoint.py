@@ -7,7 +7,6 @@ it; and it holds Lightning's progress in one canonical form, from which every ru
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,6 @@ from qlora_pl.training.run_folder import (
     step_of,
     verifies,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Numbers say that a model changed; only an answer says into what.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +19,6 @@ from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import write_atomic
 from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
-
-logger = logging.getLogger(__name__)
 
 
 class SampleWriter(Callback):
