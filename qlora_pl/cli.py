@@ -25,7 +25,8 @@ from qlora_pl.data.sources import RowSources
 from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError
 from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.identity import is_hub_name, locate_base
+from qlora_pl.modeling.full_training import refuse_packed_weights
+from qlora_pl.modeling.identity import is_hub_name, locate_base, refuse_unpinned_code
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
@@ -259,10 +260,17 @@ def check_run(run: Namespace) -> list[str]:
     groups: list[Callable[[], Any]] = [
         lambda: QuantizationConfig(**settings(model["quantization"])),
         lambda: LoRAConfig(**settings(model["lora"])),
+        lambda: refuse_packed_weights(
+            QuantizationConfig(**settings(model["quantization"])),
+            LoRAConfig(**settings(model["lora"])),
+        ),
         lambda: OptimizerConfig(**settings(model["optimizer"])),
         lambda: ScheduleConfig(**settings(model["schedule"])),
         lambda: DecodingConfig(**settings(model["decoding"])),
         lambda: _check_base(model["model_name_or_path"]),
+        lambda: refuse_unpinned_code(
+            model["model_name_or_path"], model["revision"], model["trust_remote_code"]
+        ),
         lambda: InstructionDataModule(**settings(run.data)),
         lambda: AdapterCheckpoint(**settings(run.checkpoint)),
         lambda: SampleWriter(

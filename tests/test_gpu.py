@@ -89,7 +89,8 @@ def test_paged_state_lies_in_managed_memory(
 
 def test_packed_weights_on_a_gpu_reload_bit_for_bit(tiny_base: Path) -> None:
     from qlora_pl.modeling.identity import identify_base
-    from qlora_pl.modeling.loading import build_skeleton, load_base, plan_quantization
+    from qlora_pl.modeling.loading import load_base
+    from qlora_pl.modeling.plan import build_skeleton, plan_quantization
     from qlora_pl.modeling.quantization import QuantizationConfig
 
     identity = identify_base(str(tiny_base), None, None)

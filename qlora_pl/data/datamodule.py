@@ -248,6 +248,13 @@ class InstructionDataModule(LightningDataModule):
         sampler = ResumableSampler(batches, **self._resume_from)
         return self._loader(batches, sampler)
 
+    def first_batches(self, count: int) -> list[Batch]:
+        """Batches of the first training rows, the same on every device, wherever training is."""
+        rows = self.splits["train"].rows
+        some = rows.select(range(min(count * self.batch_size, len(rows))))
+        batches = EvaluationBatches(some, BatchLayout(self.batch_size), self.tokenizer.pad_token_id)
+        return [batches[index] for index in range(len(batches))]
+
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """The validation rows in a fixed order; no loader at all when there are none.
 

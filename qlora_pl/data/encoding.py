@@ -16,6 +16,7 @@ import numpy as np
 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.conversation import Conversation, Message
+from qlora_pl.data.special_tokens import repair_special_tokens
 from qlora_pl.data.templates import PromptTemplate, Segment
 from qlora_pl.errors import ConfigurationError
 
@@ -71,9 +72,25 @@ def load_tokenizer(name: str, revision: str | None = None, cache_dir: str | None
             f"data.tokenizer: '{name}' has no fast tokenizer, which labels need (character "
             "offsets); convert it once with transformers and save it."
         )
+    repair_special_tokens(tokenizer, _model_config(name, revision, cache_dir))
+    if tokenizer.eos_token_id is None:
+        raise ConfigurationError(
+            f"data.tokenizer: '{name}' has no end-of-text token, so answers could not be taught to "
+            "end; set eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _model_config(name: str, revision: str | None, cache_dir: str | None) -> Any:
+    """The configuration of the model beside a tokenizer; None if there is none."""
+    from transformers import AutoConfig  # slow to import
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, cache_dir=cache_dir)
+    except Exception:  # a tokenizer alone, or a model whose code is not run for this
+        return None
 
 
 class Encoder:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qlora_pl.errors import AdapterFolderError, TrainingStoppedError
 from qlora_pl.files import sha256_bytes, sha256_file, write_folder_atomic
-from qlora_pl.modeling.adapters import adapter_tensors
+from qlora_pl.modeling.parameters import adapter_tensors
 
 MANIFEST_FORMAT = 1
 WEIGHTS = "adapter_model.safetensors"

@@ -9,16 +9,16 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_pl.errors import ConfigurationError
+from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.modeling.structure import full_match, head_name, linear_names, matches
+from qlora_pl.modeling.trained_biases import keep_trained_biases_in
 
 ALL_LINEAR = "all-linear"
 
@@ -27,21 +27,35 @@ ALL_LINEAR = "all-linear"
 class LoRAConfig:
     """Low-rank adapters: y = W x + (alpha / r) B A x (Hu et al. 2021, arXiv:2106.09685)."""
 
+    method: Literal["lora", "dora", "none"] = "lora"
+    """``dora`` trains the length of each row of W + BA apart from its direction (Liu et al. 2024,
+    arXiv:2402.09353). ``none``: no adapters, every weight of the base is trained."""
     r: int = 64
     """Rank: rows of A and columns of B. The paper found 8 to 256 alike; 64 is what it used."""
     alpha: float = 16.0
     """Numerator of the scale alpha / r. The paper kept 16 and searched the learning rate."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead, so that high ranks learn as fast (Kalajdzievski 2023,
+    arXiv:2312.03732)."""
     dropout: float = 0.0
     """Share of the adapter's inputs set to zero in training. Paper: 0.1 up to 13B, else 0.05."""
     bias: Literal["none", "lora_only", "all"] = "none"
-    """Which of the base's biases train as well."""
+    """Which of the base's biases train as well, kept in float32."""
     target_modules: str | list[str] = ALL_LINEAR
     """``all-linear`` (all but the head, which the paper found necessary), a list of module names
     or their last parts, or one regular expression for whole names."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A starts; B starts at zero, so that training starts at the base."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of some modules: names, their last parts, or regular expressions, to r."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas of some modules, likewise."""
+    init: Literal["kaiming", "gaussian", "eva", "pissa", "olora", "corda", "loftq"] = "kaiming"
+    """How A starts; B starts at zero, so that training starts at the base. ``eva``: the directions
+    in which the first rows' activations vary most (Paischer et al. 2024, arXiv:2410.07170)."""
+    init_from: str | None = None
+    """An adapter to go on from, with a fresh optimizer: a folder, or a name on the Hub. Its base,
+    ranks and modules must be this run's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the adapters are kept in. float32, because an update of 2e-4 is lost in bfloat16's 8
+    """What trained weights are kept in. float32, because an update of 2e-4 is lost in bfloat16's 8
     bits once a weight has grown; they multiply in the activations' type either way."""
 
     def __post_init__(self) -> None:
@@ -57,15 +71,51 @@ class LoRAConfig:
         if not self.target_modules:
             problems.append("model.lora.target_modules: names no module; write all-linear.")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                problems.append(
-                    f"model.lora.target_modules: '{self.target_modules}' is not a regular "
-                    f"expression ({error})."
-                )
+            problems += _no_expression("target_modules", self.target_modules)
+        for key, pattern in (
+            ("rank_pattern", self.rank_pattern),
+            ("alpha_pattern", self.alpha_pattern),
+        ):
+            for name, value in pattern.items():
+                problems += _no_expression(key, name)
+                if value <= 0:
+                    problems.append(f"model.lora.{key}: '{name}' must be above 0, got {value}.")
+        if self.init in BASE_CHANGING:
+            problems.append(
+                f"model.lora.init: {self.init} {BASE_CHANGING[self.init]}, so that no program "
+                "that loads the adapter over the base would compute what was trained; use kaiming, "
+                "gaussian or eva."
+            )
+        if self.init_from is not None and self.init != "kaiming":
+            problems.append(
+                f"model.lora.init: {self.init} has no effect with init_from, which brings A and B; "
+                "remove one of them."
+            )
+        if not self.has_adapters and self.init_from is not None:
+            problems.append("model.lora.init_from: there is no adapter with method: none.")
         if problems:
             raise ConfigurationError(problems)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, not the base itself."""
+        return self.method != "none"
+
+
+BASE_CHANGING = {
+    "pissa": "moves the base's largest directions into the adapter and leaves a changed base",
+    "olora": "subtracts the adapter's start from the base, which 4 bits cannot hold",
+    "corda": "moves directions of the base into the adapter and leaves a changed base",
+    "loftq": "needs another quantised base than the one that was made",
+}
+
+
+def _no_expression(key: str, pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"model.lora.{key}: '{pattern}' is not a regular expression ({error})."]
+    return []
 
 
 class CastingLinear(nn.Linear):
@@ -114,14 +164,49 @@ def resolve_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     return chosen
 
 
+def _last_parts(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
 def _no_such_target(wanted: str, candidates: list[str]) -> str:
-    parts = list(dict.fromkeys(name.rpartition(".")[2] for name in candidates))
+    parts = _last_parts(candidates)
     close = difflib.get_close_matches(wanted, parts, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return (
         f"model.lora.target_modules: no linear module matches '{wanted}'{hint} "
         f"(there are {', '.join(parts)})."
     )
+
+
+def refuse_unfit_ranks(model: nn.Module, config: LoRAConfig, targets: list[str]) -> None:
+    """Patterns must match a target, and no rank may exceed what its layer can have.
+
+    Raises:
+        ConfigurationError: naming the pattern or the layer.
+    """
+    for key, pattern in (
+        ("rank_pattern", config.rank_pattern),
+        ("alpha_pattern", config.alpha_pattern),
+    ):
+        for name in pattern:
+            if not any(_fits(name, target) for target in targets):
+                raise ConfigurationError(
+                    f"model.lora.{key}: no adapted module matches '{name}'"
+                    f"{did_you_mean(name, _last_parts(targets))}"
+                )
+    for target in targets:
+        weight = model.get_submodule(target).weight
+        rank = next((r for name, r in config.rank_pattern.items() if _fits(name, target)), config.r)
+        if rank > min(weight.shape):  # type: ignore[arg-type]
+            raise ConfigurationError(
+                f"model.lora.r: {rank} is above {min(weight.shape)}, the most that '{target}' can "  # type: ignore[arg-type]
+                "have; lower it, or give this module less in model.lora.rank_pattern."
+            )
+
+
+def _fits(pattern: str, name: str) -> bool:
+    # As PEFT matches a pattern: the whole name, or the end of it after a dot.
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def attach_adapters(model: nn.Module, config: LoRAConfig, seed: int) -> nn.Module:
@@ -139,10 +224,15 @@ def attach_adapters(model: nn.Module, config: LoRAConfig, seed: int) -> nn.Modul
     peft_config = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
+        use_rslora=config.use_rslora,
+        use_dora=config.method == "dora",
         lora_dropout=config.dropout,
         bias=config.bias,
         target_modules=_shortest_names(model, targets),
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
         init_lora_weights=True if config.init == "kaiming" else config.init,
+        eva_config=peft.EvaConfig(rho=1.0) if config.init == "eva" else None,  # 1: equal ranks
         task_type="CAUSAL_LM",
     )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -151,9 +241,11 @@ def attach_adapters(model: nn.Module, config: LoRAConfig, seed: int) -> nn.Modul
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         torch.manual_seed(seed)
         adapted: nn.Module = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+    dtype = getattr(torch, config.dtype)
     for module in adapted.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            _keep_in(module, getattr(torch, config.dtype))
+            _keep_in(module, dtype)
+    keep_trained_biases_in(adapted, dtype)
     return adapted
 
 
@@ -170,60 +262,5 @@ def _keep_in(layer: Any, dtype: torch.dtype) -> None:
         for linear in adapters.values():
             linear.to(dtype)
             linear.__class__ = CastingLinear
-
-
-def logical_size(parameter: nn.Parameter) -> int:
-    """Weights that a parameter stands for; packed 4-bit bytes count as what they hold."""
-    state = getattr(parameter, "quant_state", None)
-    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """How many weights a model has, by what they are kept in."""
-
-    by_dtype: dict[str, int]
-    """Logical weights by type, for example ``nf4``, ``bfloat16``, ``float32``."""
-    trainable: int
-    stored_bytes: int
-    """Bytes of all parameters as they are stored, quantisation statistics included."""
-
-    @property
-    def total(self) -> int:
-        """All logical weights."""
-        return sum(self.by_dtype.values())
-
-
-def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Count logical weights; a tied weight once."""
-    by_dtype: Counter[str] = Counter()
-    trainable = stored = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        size = logical_size(parameter)
-        by_dtype[str(parameter.dtype).split(".")[-1] if state is None else state.quant_type] += size
-        stored += parameter.numel() * parameter.element_size()
-        stored += 0 if state is None else _statistics_bytes(state)
-        trainable += size if parameter.requires_grad else 0
-    return ParameterCounts(dict(by_dtype), trainable, stored)
-
-
-def _statistics_bytes(state: Any) -> int:
-    tensors = [state.absmax, state.code]
-    if state.nested:
-        tensors += [state.state2.absmax, state.state2.code, state.offset]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter as PEFT names and saves it, copied to the CPU."""
-    import peft  # slow to import
-
-    # Left to itself PEFT looks the base's folder or Hub page up, in case its vocabulary has grown.
-    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    for magnitude in layer.lora_magnitude_vector.values():
+        magnitude.to(dtype)

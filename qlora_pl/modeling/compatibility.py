@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from qlora_pl.errors import CheckpointError
 
-SHAPING_KEYS = ("r", "alpha", "bias", "target_modules")
+
+def describe_run(module: Any) -> dict[str, dict[str, Any]]:
+    """What a checkpoint of a ``QLoRAModule`` can be continued by, in plain types."""
+    identity, quantization, base = module.identity, module.quantization, module.base
+    lora = {key: value for key, value in asdict(module.lora).items() if key != "init_from"}
+    return {
+        "base": {
+            "name": identity.name,
+            "weights": identity.weights,
+            "config": identity.config,
+        },
+        "quantization": {
+            "quant_type": quantization.quant_type,
+            "double_quant": quantization.uses_double_quant,
+            "block_size": quantization.block_size,
+            "skip_modules": list(quantization.skip_modules),
+            "compute_dtype": str(base.compute_dtype).split(".")[-1],
+        },
+        "lora": lora if module.lora.has_adapters else {"method": "none", "dtype": lora["dtype"]},
+        "optimizer": asdict(module.optimizer_config),
+        "schedule": asdict(module.schedule_config),
+        "loss": {"normalize_loss_by": module.normalize_loss_by},
+    }
+
+
+SHAPING_KEYS = (
+    "method",
+    "r",
+    "alpha",
+    "use_rslora",
+    "bias",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+)
 """What of an adapter's settings matters when it is only used."""
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qlora_pl.modeling.adapters import logical_size
+from qlora_pl.modeling.parameters import logical_size
 
 
 @dataclass(frozen=True)

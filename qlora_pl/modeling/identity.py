@@ -100,6 +100,19 @@ def is_hub_name(name: str) -> bool:
     return not is_path and not Path(name).expanduser().exists()
 
 
+def refuse_unpinned_code(name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Code that is run must be the code that was read, not what its owner puts there tomorrow.
+
+    Raises:
+        ConfigurationError: if a Hub model's code may run and no revision is named.
+    """
+    if trust_remote_code and revision is None and is_hub_name(name):
+        raise ConfigurationError(
+            f"model.revision: '{name}' may run code of its own (model.trust_remote_code); name the "
+            "commit whose code you read."
+        )
+
+
 def _snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -1,8 +1,7 @@
 """A base on disk -> a frozen, quantised model on one device, every weight matrix accounted for.
 
-transformers quantises tensor by tensor while it reads, so a 65B never exists in 16 bits. It also
-leaves matrices unquantised without a word (subclasses of ``nn.Linear``, fused experts); so a plan
-is made from the model's structure first, and what was loaded is held against it.
+transformers quantises tensor by tensor while it reads, so a 65B never exists in 16 bits. What was
+loaded is then held against the plan, matrix by matrix, and asked for one row of logits.
 """
 
 from __future__ import annotations
@@ -10,36 +9,24 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from qlora_pl.errors import ConfigurationError, HardwareError
+from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.identity import BaseIdentity
 from qlora_pl.modeling.packed_cache import packed_folder, verify_packed, write_packed
+from qlora_pl.modeling.plan import QuantizationPlan
+from qlora_pl.modeling.prequantized import is_prequantized
 from qlora_pl.modeling.quantization import QuantizationConfig, resolve_compute_dtype
-from qlora_pl.modeling.structure import Role, head_name, matches, matrices
+from qlora_pl.modeling.replacement import INT8_OUTLIER_THRESHOLD, planned_replacement
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class QuantizationPlan:
-    """What is to become of every weight matrix of a base."""
-
-    quantized: dict[str, tuple[int, ...]]
-    """Parameters to be packed, and their shapes."""
-    kept: dict[str, Role]
-    """Parameters that stay as they are, and why (``linear``: listed in ``skip_modules``)."""
-    head: str | None
-    """The output head; a tied one has no parameter of its own but must be left alone as well."""
-
-    @property
-    def kept_modules(self) -> list[str]:
-        """The modules that transformers must leave alone."""
-        modules = [name.rpartition(".")[0] for name in self.kept]
-        return modules if self.head in (None, *modules) else [*modules, str(self.head)]
+PROBE_TOKENS = 8
+"""Length of the row that a loaded base is asked for."""
 
 
 @dataclass(frozen=True)
@@ -49,63 +36,14 @@ class LoadedBase:
     model: nn.Module
     plan: QuantizationPlan
     compute_dtype: torch.dtype
-    is_from_cache: bool
-    """Whether packed weights were read instead of made."""
+    """Of the matrix products."""
+    source: Literal["quantised now", "read from the cache", "quantised already", "unquantised"]
+    """Where its weights come from."""
 
-
-def build_skeleton(
-    folder: Path, attn_implementation: str = "sdpa", trust_remote_code: bool = False
-) -> nn.Module:
-    """The model without its weights, on the meta device: names and shapes at no cost.
-
-    Raises:
-        ConfigurationError: if transformers knows no such model, or it is not a causal LM.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            skeleton: nn.Module = AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-            )
-    except Exception as error:  # an unknown architecture raises KeyError, ValueError, ImportError
-        raise ConfigurationError(
-            f"model.model_name_or_path: transformers cannot build a causal language model from "
-            f"'{folder}' ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
-        ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigurationError(
-            f"model.model_name_or_path: '{folder}' is quantised already; name the model in 16 bits."
-        )
-    return skeleton
-
-
-def plan_quantization(skeleton: nn.Module, config: QuantizationConfig) -> QuantizationPlan:
-    """Decide on every weight matrix from the model's structure.
-
-    Raises:
-        ConfigurationError: naming entries of ``skip_modules`` that match nothing.
-    """
-    quantized: dict[str, tuple[int, ...]] = {}
-    kept: dict[str, Role] = {}
-    unmatched = set(config.skip_modules)
-    for name, parameter, role in matrices(skeleton):
-        owner = name.rpartition(".")[0]
-        listed = [entry for entry in config.skip_modules if matches(owner, [entry])]
-        unmatched -= set(listed)
-        if config.is_quantized and role in ("linear", "other") and not listed:
-            quantized[name] = tuple(parameter.shape)
-        else:
-            kept[name] = role
-    if unmatched:
-        raise ConfigurationError(
-            f"model.quantization.skip_modules: no weight matrix belongs to "
-            f"{', '.join(sorted(unmatched))}; write a module's name or the last part of it."
-        )
-    return QuantizationPlan(quantized, kept, head_name(skeleton))
+    @property
+    def is_from_cache(self) -> bool:
+        """Whether packed weights were read instead of made."""
+        return self.source == "read from the cache"
 
 
 def load_base(
@@ -118,46 +56,64 @@ def load_base(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     is_first_rank: bool = True,
+    rest_dtype: torch.dtype | None = None,
 ) -> LoadedBase:
     """Load a base onto a device, quantised as planned; from packed weights if there are any.
 
     Args:
         identity: What to load; its fingerprint names the packed copy.
         config: How to quantise.
-        plan: From ``plan_quantization``.
+        plan: From ``make_plan``.
         device: Where to.
         cache_dir: See ``cache_root``.
         attn_implementation: transformers' name of an attention kernel.
-        trust_remote_code: Whether code in the model's folder may run.
+        trust_remote_code: Whether Python code in the model's folder may run.
         is_first_rank: Whether this process is the one that keeps a packed copy.
+        rest_dtype: What unquantised weights are kept in; None: see ``unquantized_dtype``.
 
     Raises:
-        ConfigurationError: if a matrix is missing, or was not quantised as planned.
+        ConfigurationError: if a matrix is missing, or was not quantised as planned, or the model
+            does not give finite logits.
     """
-    dtype = resolve_compute_dtype(config.compute_dtype, device)
-    packed = packed_folder(identity, config, dtype, device, cache_dir)
-    keep_copy = config.is_quantized and config.cache
-    is_from_cache = keep_copy and verify_packed(packed, cache_dir)
+    compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
+    rest_dtype = rest_dtype or unquantized_dtype(config, compute_dtype)
     arguments = {
         "device_map": {"": str(device)},
-        "dtype": dtype,
+        "dtype": rest_dtype,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
     }
-    if is_from_cache:
-        model = _from_pretrained(packed, arguments)
+    packed = packed_folder(identity, config, rest_dtype, device, cache_dir)
+    is_packed = is_prequantized(identity.folder)
+    keep_copy = config.is_quantized and config.cache and not is_packed
+    if not config.is_quantized:
+        model, source = _from_pretrained(identity.folder, arguments), "unquantised"
     else:
-        if config.is_quantized:
-            arguments["quantization_config"] = bitsandbytes_config(config, dtype, plan)
-        model = _from_pretrained(identity.folder, arguments)
+        with planned_replacement(plan, config, compute_dtype):
+            if is_packed:
+                model, source = _from_pretrained(identity.folder, arguments), "quantised already"
+            elif keep_copy and verify_packed(packed, cache_dir):
+                model, source = _from_pretrained(packed, arguments), "read from the cache"
+            else:
+                arguments["quantization_config"] = bitsandbytes_config(config, compute_dtype, plan)
+                model, source = _from_pretrained(identity.folder, arguments), "quantised now"
     account_for(model, plan, config)
-    if device.type == "cpu":
-        refuse_misread_widths(model, plan)
-    if keep_copy and not is_from_cache and is_first_rank:
+    if keep_copy and source == "quantised now" and is_first_rank:
         write_packed(model, packed)
     keep_gradients_on_cpu(model)
     model.requires_grad_(False)
-    return LoadedBase(model, plan, dtype, is_from_cache)
+    refuse_broken_forward(model, compute_dtype)
+    return LoadedBase(model, plan, compute_dtype, source)  # type: ignore[arg-type]
+
+
+def unquantized_dtype(config: QuantizationConfig, compute_dtype: torch.dtype) -> torch.dtype:
+    """What weights that are not quantised (norms, embeddings, head) are kept in.
+
+    The type of the products; but float32 beside quantised weights multiplied in float16, whose
+    range a residual stream leaves (65,504; autocast then multiplies in float16 what can be).
+    """
+    is_half = compute_dtype == torch.float16
+    return torch.float32 if is_half and config.is_quantized else compute_dtype
 
 
 def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
@@ -199,14 +155,21 @@ def bitsandbytes_config(
     """What transformers and PEFT programs call the same quantisation: a ``BitsAndBytesConfig``."""
     from transformers import BitsAndBytesConfig  # slow to import
 
+    # A given list replaces transformers' own, so it must name the head as well.
+    kept = plan.kept_modules
+    if not config.is_four_bits:
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=INT8_OUTLIER_THRESHOLD,
+            llm_int8_skip_modules=kept,
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quant_type,
-        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_use_double_quant=config.uses_double_quant,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=getattr(torch, config.storage_dtype),
-        # A given list replaces transformers' own, so it must name the head as well.
-        llm_int8_skip_modules=plan.kept_modules,
+        llm_int8_skip_modules=kept,
     )
 
 
@@ -218,17 +181,17 @@ def account_for(model: nn.Module, plan: QuantizationPlan, config: QuantizationCo
     """
     wrong = []
     for name, shape in plan.quantized.items():
-        weight = model.get_parameter(name)
-        state = getattr(weight, "quant_state", None)
-        if state is None:
+        weight: Any = model.get_parameter(name)
+        found, found_shape = _kind_of(weight)
+        if found is None:
             wrong.append(f"{name} ({str(weight.dtype).split('.')[-1]})")
-        elif sorted(state.shape) != sorted(shape):  # sorted: GPT-2's are packed transposed
+        elif sorted(found_shape) != sorted(shape):  # sorted: GPT-2's are packed transposed
             raise ConfigurationError(
-                f"model.model_name_or_path: '{name}' has the shape {tuple(state.shape)} on disk, "
+                f"model.model_name_or_path: '{name}' has the shape {tuple(found_shape)} on disk, "
                 f"and config.json asks for {shape}; they are not of the same model."
             )
-        elif state.quant_type != config.quant_type or state.nested != config.double_quant:
-            wrong.append(f"{name} ({state.quant_type}, double_quant {state.nested})")
+        elif found != wanted_kind(config):
+            wrong.append(f"{name} ({', '.join(str(part) for part in found)})")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigurationError(
@@ -238,28 +201,51 @@ def account_for(model: nn.Module, plan: QuantizationPlan, config: QuantizationCo
         )
 
 
-def refuse_misread_widths(model: nn.Module, plan: QuantizationPlan) -> None:
-    """Refuse matrices that bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512.
+def wanted_kind(config: QuantizationConfig) -> tuple[str, ...]:
+    """What ``account_for`` expects to find of a matrix: its code, block size and scales."""
+    if not config.is_four_bits:
+        return (config.quant_type,)
+    scales = "double_quant" if config.uses_double_quant else "plain scales"
+    return (config.quant_type, f"blocks of {config.block_size}", scales)
 
-    Where rows are a multiple of 16 wide but not of 64, its kernel counts the blocks of every row
-    from the row's start, so that most weights get the scale of another block: outputs are off by
-    20 to 40 % (normal weights, 16 to 208 wide).
+
+def _kind_of(weight: Any) -> tuple[tuple[str, ...] | None, torch.Size]:
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        scales = "double_quant" if state.nested else "plain scales"
+        return (state.quant_type, f"blocks of {state.blocksize}", scales), state.shape
+    is_int8 = weight.dtype == torch.int8 and getattr(weight, "SCB", None) is not None
+    return (("int8",) if is_int8 else None), weight.shape
+
+
+def refuse_broken_forward(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    """One row through the loaded model: its logits are there and are numbers.
+
+    A family that reads a weight itself instead of calling its layer fails on packed bytes; a base
+    whose activations leave float16's range gives infinities.
 
     Raises:
-        HardwareError: naming the first of them.
+        ConfigurationError: with what to do.
     """
-    misread = [
-        (name, state.shape[-1])
-        for name in plan.quantized
-        if (state := cast(Any, model.get_parameter(name)).quant_state).shape[-1] % 64
-        and state.shape[-1] % 16 == 0
-    ]
-    if misread:
-        name, width = misread[0]
-        raise HardwareError(
-            f"model.quantization: '{name}' has {width} inputs, no multiple of 64, which "
-            f"bitsandbytes decodes wrongly on CPUs ({len(misread)} such matrices); use a GPU, or "
-            "list them in model.quantization.skip_modules."
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    row = torch.arange(PROBE_TOKENS, device=embedding.device).remainder(embedding.shape[0])
+    autocast = torch.autocast(
+        embedding.device.type, compute_dtype, enabled=compute_dtype == torch.float16
+    )
+    try:
+        with evaluation_mode(model), torch.no_grad(), autocast:
+            logits = model(input_ids=row.unsqueeze(0), use_cache=False).logits
+    except Exception as error:
+        raise ConfigurationError(
+            f"model.model_name_or_path: the loaded {type(model).__name__} cannot be run "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}); if it uses a weight "
+            "outside its layer, list that layer in model.quantization.skip_modules."
+        ) from error
+    if not logits.isfinite().all():
+        name = str(compute_dtype).split(".")[-1]
+        raise ConfigurationError(
+            f"model.quantization.compute_dtype: in {name} the base's logits are not numbers; "
+            "take float32, or bfloat16 where the device has it."
         )
 
 

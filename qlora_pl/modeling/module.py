@@ -1,5 +1,7 @@
 """``QLoRAModule``: a frozen 4-bit base with LoRA adapters, in Lightning's hooks.
 
+Its baselines, an unquantised base under adapters or trained whole, go the same way.
+
 ``setup`` finds every mistake that the base's configuration can show; ``configure_model`` loads the
 weights, on the device of its rank. Only trained tensors are the module's state, so a checkpoint
 holds nothing of the base.
@@ -10,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -22,24 +23,26 @@ from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.errors import CheckpointError, ConfigurationError, TrainingStoppedError
+from qlora_pl.errors import CheckpointError, TrainingStoppedError
+from qlora_pl.modeling.adapter_start import (
+    locate_adapter,
+    refuse_other_adapter,
+    start_at_activations,
+    start_at_adapter,
+)
 from qlora_pl.modeling.adapters import (
     LoRAConfig,
     attach_adapters,
+    refuse_unfit_ranks,
     resolve_targets,
-    trainable_tensors,
 )
-from qlora_pl.modeling.compatibility import differences, refuse_other_tensors
+from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
-from qlora_pl.modeling.identity import BaseIdentity, identify_base
-from qlora_pl.modeling.loading import (
-    LoadedBase,
-    build_skeleton,
-    load_base,
-    plan_quantization,
-    prepare_for_training,
-)
+from qlora_pl.modeling.full_training import refuse_packed_weights, train_all_weights
+from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
+from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
 from qlora_pl.modeling.loss import Normalization, causal_lm_loss
+from qlora_pl.modeling.mixed_precision import SkippedSteps, precision_plugin
 from qlora_pl.modeling.optimizer_state import (
     named_optimizer_state,
     optimizer_state_from_names,
@@ -49,7 +52,11 @@ from qlora_pl.modeling.optimizers import (
     ScheduleConfig,
     build_optimizer,
     build_schedule,
+    warn_of_high_rate,
 )
+from qlora_pl.modeling.parameters import trainable_tensors
+from qlora_pl.modeling.plan import build_skeleton
+from qlora_pl.modeling.prequantized import make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.step import (
     MicroBatch,
@@ -59,12 +66,12 @@ from qlora_pl.modeling.step import (
     suspects,
 )
 from qlora_pl.modeling.summary import summarize
+from qlora_pl.modeling.vocabulary import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "qlora_pl"
-LARGE_BASE = 13.5e9  # weights; "13B" models have 13.0e9
-LARGE_BASE_LR = 1.0e-4  # the paper's rate above 13B (table 9)
+EVA_BATCHES = 16
 
 
 class QLoRAModule(LightningModule):
@@ -85,7 +92,8 @@ class QLoRAModule(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass: a third more
             arithmetic, and memory for one layer instead of all.
         attn_implementation: transformers' attention kernel.
-        trust_remote_code: Whether Python code in the model's folder may run.
+        trust_remote_code: Whether Python code of the model may run; a Hub model needs a revision.
+        grow_vocabulary: Whether tokens without an embedding row get one, trained and saved.
     """
 
     def __init__(
@@ -102,8 +110,11 @@ class QLoRAModule(LightningModule):
         gradient_checkpointing: bool = True,
         attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
         trust_remote_code: bool = False,
+        grow_vocabulary: bool = False,
     ) -> None:
         super().__init__()
+        refuse_packed_weights(quantization, lora)
+        refuse_unpinned_code(model_name_or_path, revision, trust_remote_code)
         self.model_name_or_path = model_name_or_path
         self.revision = revision
         self.cache_dir = cache_dir
@@ -116,12 +127,14 @@ class QLoRAModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
+        self.grow_vocabulary = grow_vocabulary
         self.model: nn.Module | None = None
         self.base: LoadedBase | None = None
         self.identity: BaseIdentity | None = None
         self.last_step: StepStatistics | None = None
         self.last_evaluation: dict[str, float] = {}
         self._micro_batches: list[MicroBatch] = []
+        self._skipped = SkippedSteps()
         self._resumed: dict[str, Any] | None = None
         self._val_nats, self._val_tokens = SumMetric(), SumMetric()
         for metric in (self._val_nats, self._val_tokens):
@@ -142,27 +155,17 @@ class QLoRAModule(LightningModule):
         skeleton = build_skeleton(
             self.identity.folder, self.attn_implementation, self.trust_remote_code
         )
-        self.plan = plan_quantization(skeleton, self.quantization)
-        resolve_targets(skeleton, self.lora)
-        self._check_vocabulary(skeleton)
-        num_weights = sum(parameter.numel() for parameter in skeleton.parameters())
-        if num_weights > LARGE_BASE and self.optimizer_config.lr > LARGE_BASE_LR:
-            logger.warning(
-                "model.optimizer.lr: %s is high for a base of %.0fB weights; the paper used %s "
-                "above 13B.",
-                self.optimizer_config.lr,
-                num_weights / 1e9,
-                LARGE_BASE_LR,
-            )
-
-    def _check_vocabulary(self, skeleton: nn.Module) -> None:
+        self.plan = make_plan(self.identity.folder, skeleton, self.quantization)
+        if self.lora.has_adapters:
+            targets = resolve_targets(skeleton, self.lora)
+            refuse_unfit_ranks(skeleton, self.lora, targets)
+        if self.lora.init_from is not None:
+            self._start = locate_adapter(self.lora.init_from)
+            refuse_other_adapter(self._start, self.lora, self.identity)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        rows = skeleton.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        if tokenizer is not None and len(tokenizer) > rows:
-            raise ConfigurationError(
-                f"data.tokenizer: '{tokenizer.name_or_path}' has {len(tokenizer)} tokens, the base "
-                f"has {rows} embedding rows; use the base's own tokenizer."
-            )
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, skeleton)
+        warn_of_high_rate(self.optimizer_config.lr, skeleton)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and attach adapters; a second call returns."""
@@ -178,13 +181,29 @@ class QLoRAModule(LightningModule):
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             is_first_rank=self.trainer.is_global_zero,
+            rest_dtype=None if self.lora.has_adapters else getattr(torch, self.lora.dtype),
         )
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.model = attach_adapters(self.base.model, self.lora, seed)
+        if self.lora.has_adapters:
+            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+            self.model = attach_adapters(self.base.model, self.lora, seed)
+        else:
+            self.model = train_all_weights(self.base.model)
         prepare_for_training(self.model, self.gradient_checkpointing)
+        plugin = precision_plugin(self.base.compute_dtype, self.model, self.device)
+        if plugin is not None:
+            self.trainer.strategy.precision_plugin = plugin
+        if self.trainer.ckpt_path is None:  # otherwise it brings every trained tensor
+            self._start_adapters()
         if self.trainer.is_global_zero:
             name = self.model_name_or_path
             logger.info("%s", summarize(name, self.model, self.base, self.quantization))
+
+    def _start_adapters(self) -> None:
+        if self.lora.init_from is not None:
+            start_at_adapter(self._adapted, self._start)
+        elif self.lora.init == "eva" and self.trainer.state.fn == TrainerFn.FITTING:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            start_at_activations(self._adapted, data.first_batches(EVA_BATCHES), self.lora)
 
     def on_train_start(self) -> None:
         """Begin dropout where the seed says, whatever happened while loading and sampling."""
@@ -214,11 +233,17 @@ class QLoRAModule(LightningModule):
             row_ids=[row for batch in self._micro_batches for row in batch.row_ids.tolist()],
             grad_norm=float(torch.nn.utils.get_total_norm(gradients)),
             learning_rate=optimizer.param_groups[0]["lr"],
+            loss_scale=self._loss_scale(),
         )
         self._stop_if_diverged(self.last_step)
-        if self.trainer.global_step == 0:
+        self._skipped.count(self.last_step.is_skipped, self.trainer.global_step + 1)
+        if self.trainer.global_step == 0 and not self.last_step.is_skipped:
             refuse_silent_adapters(trained)
         self._micro_batches.clear()
+
+    def _loss_scale(self) -> float | None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return None if scaler is None else scaler.get_scale()
 
     def _stop_if_diverged(self, step: StepStatistics) -> None:
         if (problem := step.divergence()) is None:
@@ -333,25 +358,7 @@ class QLoRAModule(LightningModule):
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint of this module can be continued by, in plain types."""
-        assert self.identity is not None
-        assert self.base is not None
-        return {
-            "base": {
-                "name": self.identity.name,
-                "weights": self.identity.weights,
-                "config": self.identity.config,
-            },
-            "quantization": {
-                "quant_type": self.quantization.quant_type,
-                "double_quant": self.quantization.double_quant,
-                "skip_modules": list(self.quantization.skip_modules),
-                "compute_dtype": str(self.base.compute_dtype).split(".")[-1],
-            },
-            "lora": asdict(self.lora),
-            "optimizer": asdict(self.optimizer_config),
-            "schedule": asdict(self.schedule_config),
-            "loss": {"normalize_loss_by": self.normalize_loss_by},
-        }
+        return describe_run(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this run is, and key the optimizer's state by parameter name."""

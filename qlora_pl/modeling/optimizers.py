@@ -37,6 +37,8 @@ ScheduleName = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_floor", "inverse_sqrt"
 ]
 NamedParameters = Iterable[tuple[str, Tensor]]
+LARGE_BASE = 13.5e9  # weights; "13B" models have 13.0e9
+LARGE_BASE_LR = 1.0e-4  # the paper's rate above 13B (table 9)
 
 _BITSANDBYTES_CLASSES = {
     "paged_adamw_32bit": "PagedAdamW32bit",
@@ -287,6 +289,19 @@ def _decay(
     if config.name == "inverse_sqrt":
         return lambda step: math.sqrt(max(1, warmup) / max(1, step))
     return lambda step: 1.0
+
+
+def warn_of_high_rate(lr: float, model: torch.nn.Module) -> None:
+    """Say so if a large base is to be trained at a rate that the paper used for small ones."""
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    if num_weights > LARGE_BASE and lr > LARGE_BASE_LR:
+        logger.warning(
+            "model.optimizer.lr: %s is high for a base of %.0fB weights; the paper used %s above "
+            "13B.",
+            lr,
+            num_weights / 1e9,
+            LARGE_BASE_LR,
+        )
 
 
 def optimizer_state_bytes(

@@ -1,4 +1,4 @@
-"""Packed 4-bit weights on disk: quantised once, read bit for bit at every later start.
+"""Packed weights on disk: quantised once, read bit for bit at every later start.
 
 Reading takes a fortieth of the time of quantising. A copy is used only if its name says the same
 base, quantisation and kind of device, and every file of it is what was written.
@@ -20,7 +20,7 @@ from torch import nn
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import TEMPORARY_PREFIX, sha256_file, write_json
 from qlora_pl.modeling.identity import BaseIdentity, cache_root, file_digest
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.quantization import BLOCK_SIZE, QuantizationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ def packed_folder(
     parts = [
         identity.fingerprint[:20],
         config.quant_type,
-        "dq" if config.double_quant else "plain",
+        *(["dq" if config.uses_double_quant else "plain"] if config.is_four_bits else []),
+        *([f"b{config.block_size}"] if config.block_size != BLOCK_SIZE else []),
         config.storage_dtype,
         str(dtype).split(".")[-1],
         device.type,

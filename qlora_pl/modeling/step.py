@@ -84,10 +84,17 @@ class StepStatistics:
     num_rows: int
     row_ids: tuple[int, ...]
     """This device's rows of the step."""
+    loss_scale: float | None = None
+    """What float16 training multiplies the loss by; None without a scaler."""
 
     @classmethod
     def of(
-        cls, sums: StepSums, row_ids: Sequence[int], grad_norm: float, learning_rate: float
+        cls,
+        sums: StepSums,
+        row_ids: Sequence[int],
+        grad_norm: float,
+        learning_rate: float,
+        loss_scale: float | None = None,
     ) -> StepStatistics:
         """From a step's sums."""
         return cls(
@@ -100,7 +107,13 @@ class StepStatistics:
             num_token_pairs=int(sums.token_pairs),
             num_rows=int(sums.rows),
             row_ids=tuple(row_ids),
+            loss_scale=loss_scale,
         )
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the loss scaler leaves this step out: a gradient overflowed float16."""
+        return self.loss_scale is not None and not math.isfinite(self.grad_norm)
 
     def divergence(self) -> str | None:
         """One clause on why this step must not be taken, or None."""
@@ -108,7 +121,7 @@ class StepStatistics:
             return "the loss is exactly 0"
         if not math.isfinite(self.loss):
             return f"the loss is {self.loss}"
-        if not math.isfinite(self.grad_norm):
+        if not math.isfinite(self.grad_norm) and not self.is_skipped:
             return f"the gradient's norm is {self.grad_norm}"
         return None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from qlora_pl.modeling.adapters import count_parameters
-from qlora_pl.modeling.loading import LoadedBase
+from qlora_pl.modeling.loading import LoadedBase, wanted_kind
+from qlora_pl.modeling.parameters import count_parameters
 from qlora_pl.modeling.quantization import QuantizationConfig
 
 
@@ -29,9 +29,11 @@ def summarize(
         f"multiplied in {str(base.compute_dtype).split('.')[-1]}",
     ]
     if quantization.is_quantized:
-        source = "read from the cache" if base.is_from_cache else "quantised now"
-        lines.append(f"{len(base.plan.quantized)} matrices in 4 bits, {source}")
+        kind = ", ".join(wanted_kind(quantization))
+        lines.append(f"{len(base.plan.quantized)} matrices in {kind}; {base.source}")
         kept = base.plan.kept.items()
-        if skipped := [matrix for matrix, role in kept if role in ("linear", "other")]:
-            lines.append(f"not in 4 bits, as asked: {', '.join(skipped)}")
+        named = ("linear", "experts", "other")
+        if skipped := [matrix for matrix, role in kept if role in named]:
+            more = f" and {len(skipped) - 8} more" if len(skipped) > 8 else ""
+            lines.append(f"not quantised: {', '.join(skipped[:8])}{more}")
     return "\n".join(lines)

@@ -30,10 +30,11 @@ from qlora_pl.modeling.adapter_folder import (
     read_adapter_tensors,
     write_adapter_folder,
 )
-from qlora_pl.modeling.adapters import LoRAConfig, adapter_tensors
+from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.loading import keep_gradients_on_cpu
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig
+from qlora_pl.modeling.parameters import adapter_tensors
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.training.adapter_save import held_out_rows, make_manifest
 

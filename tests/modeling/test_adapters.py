@@ -15,19 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import (
-    CastingLinear,
-    LoRAConfig,
-    adapter_tensors,
-    attach_adapters,
-    count_parameters,
-    logical_size,
-    resolve_targets,
-    trainable_tensors,
-)
+from qlora_pl.modeling.adapters import CastingLinear, LoRAConfig, attach_adapters, resolve_targets
 from qlora_pl.modeling.compute import compute_cost
 from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import build_skeleton, load_base, plan_quantization
+from qlora_pl.modeling.loading import load_base
+from qlora_pl.modeling.parameters import (
+    adapter_tensors,
+    count_parameters,
+    logical_size,
+    trainable_tensors,
+)
+from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
 
 # plain PEFT asks transformers for a property under its old name

@@ -12,15 +12,12 @@ from torch import Tensor, nn
 
 from qlora_pl.data.batching import collate_prompts
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters, trainable_tensors
+from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.decoding import DecodingConfig, evaluation_mode, generate_answers
 from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import (
-    build_skeleton,
-    load_base,
-    plan_quantization,
-    prepare_for_training,
-)
+from qlora_pl.modeling.loading import load_base, prepare_for_training
+from qlora_pl.modeling.parameters import trainable_tensors
+from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
 
 PROMPTS = ["How many legs has a spider?", "What?", "The capital of France is", "a"]

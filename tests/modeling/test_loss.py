@@ -15,15 +15,12 @@ import qlora_pl.modeling.loss as loss_module
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.batching import collate
 from qlora_pl.data.encoding import EncodedRows
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters, trainable_tensors
+from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import (
-    build_skeleton,
-    load_base,
-    plan_quantization,
-    prepare_for_training,
-)
+from qlora_pl.modeling.loading import load_base, prepare_for_training
 from qlora_pl.modeling.loss import causal_lm_loss, token_losses, trained_logits
+from qlora_pl.modeling.parameters import trainable_tensors
+from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
 
 # Tokens of each row, and from which on they are trained.

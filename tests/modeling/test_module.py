@@ -25,9 +25,10 @@ from qlora_pl.errors import CheckpointError, ConfigurationError, TrainingStopped
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import build_skeleton, load_base, plan_quantization
+from qlora_pl.modeling.loading import load_base
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig
+from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.summary import summarize
 
@@ -538,11 +539,14 @@ def test_a_second_start_of_the_same_module_loads_nothing_again(tiny_base):
 @pytest.mark.parametrize(
     ("quantization", "expected"),
     [
-        (QuantizationConfig(), ["14 matrices in 4 bits"]),
+        (QuantizationConfig(), ["14 matrices in nf4, blocks of 64, double_quant"]),
         (QuantizationConfig(quant_type="none"), []),
         (
             QuantizationConfig(skip_modules=("0.mlp.up_proj",)),
-            ["13 matrices in 4 bits", "not in 4 bits, as asked: model.layers.0.mlp.up_proj.weight"],
+            [
+                "13 matrices in nf4, blocks of 64, double_quant",
+                "not in 4 bits, as asked: model.layers.0.mlp.up_proj.weight",
+            ],
         ),
     ],
     ids=["nf4", "none", "skip"],

@@ -351,7 +351,7 @@ def test_default_config_is_the_papers():
     """Source: QLoRA, section 3: NF4 with double quantisation."""
     config = QuantizationConfig()
     assert config.is_quantized
-    assert (config.quant_type, config.double_quant) == ("nf4", True)
+    assert (config.quant_type, config.uses_double_quant) == ("nf4", True)
 
 
 def test_unquantised_base_keeps_the_defaults():

@@ -1,0 +1,70 @@
+"""What a model's parameters are: how many, kept in what, which are trained, which are an adapter's.
+
+A packed 4-bit matrix counts as the weights it stands for, not as its bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def logical_size(parameter: nn.Parameter) -> int:
+    """Weights that a parameter stands for; packed 4-bit bytes count as what they hold."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many weights a model has, by what they are kept in."""
+
+    by_dtype: dict[str, int]
+    """Logical weights by type, for example ``nf4``, ``bfloat16``, ``float32``."""
+    trainable: int
+    stored_bytes: int
+    """Bytes of all parameters as they are stored, quantisation statistics included."""
+
+    @property
+    def total(self) -> int:
+        """All logical weights."""
+        return sum(self.by_dtype.values())
+
+
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Count logical weights; a tied weight once."""
+    by_dtype: Counter[str] = Counter()
+    trainable = stored = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        size = logical_size(parameter)
+        by_dtype[str(parameter.dtype).split(".")[-1] if state is None else state.quant_type] += size
+        stored += parameter.numel() * parameter.element_size()
+        stored += 0 if state is None else _statistics_bytes(state)
+        trainable += size if parameter.requires_grad else 0
+    return ParameterCounts(dict(by_dtype), trainable, stored)
+
+
+def _statistics_bytes(state: Any) -> int:
+    tensors = [state.absmax, state.code]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code, state.offset]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter as PEFT names and saves it, copied to the CPU."""
+    import peft  # slow to import
+
+    # Left to itself PEFT looks the base's folder or Hub page up, in case its vocabulary has grown.
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,194 @@
+"""What is to become of every weight matrix of a base, decided from its structure before loading.
+
+transformers leaves matrices unquantised without a word (subclasses of ``nn.Linear``, fused
+experts). Here each one is planned by name, what cannot be done is refused, and loading is held
+against the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_pl.errors import ConfigurationError
+from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.structure import Role, head_name, is_plain_product, matches, matrices
+
+NEGLIGIBLE_SHARE = 0.01
+"""Unrecognised matrices (a convolution's kernel, say) up to this share stay as they are, listed."""
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What is to become of every weight matrix of a base."""
+
+    quantized: dict[str, tuple[int, ...]]
+    """Parameters to be packed, and their shapes."""
+    kept: dict[str, Role]
+    """Parameters that stay as they are, and why (``linear``: listed in ``skip_modules``)."""
+    head: str | None
+    """The output head; a tied one has no parameter of its own but must be left alone as well."""
+    replaced_classes: tuple[str, ...] = ()
+    """Subclasses of ``nn.Linear`` that are quantised here, and left alone by plain transformers."""
+
+    @property
+    def kept_modules(self) -> list[str]:
+        """The modules that transformers must leave alone."""
+        modules = [name.rpartition(".")[0] for name in self.kept]
+        return modules if self.head in (None, *modules) else [*modules, str(self.head)]
+
+
+def build_skeleton(
+    folder: Path, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+) -> nn.Module:
+    """The model without its weights, on the meta device: names and shapes at no cost.
+
+    Raises:
+        ConfigurationError: if transformers knows no such model, or it is not a causal LM, or its
+            code would have to be run and may not be.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            skeleton: nn.Module = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as error:  # an unknown architecture raises KeyError, ValueError, ImportError
+        if "trust_remote_code" in str(error):
+            raise ConfigurationError(
+                f"model.trust_remote_code: '{folder}' brings Python code of its own; read it, set "
+                "model.revision to the commit you read, and set model.trust_remote_code: true."
+            ) from error
+        raise ConfigurationError(
+            f"model.model_name_or_path: transformers cannot build a causal language model from "
+            f"'{folder}' ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+        ) from error
+    return skeleton
+
+
+def plan_quantization(skeleton: nn.Module, config: QuantizationConfig) -> QuantizationPlan:
+    """Decide on every weight matrix from the model's structure.
+
+    Raises:
+        ConfigurationError: naming what cannot be quantised, and entries of ``skip_modules`` that
+            match nothing.
+    """
+    quantized: dict[str, tuple[int, ...]] = {}
+    kept: dict[str, Role] = {}
+    sizes: Counter[Role] = Counter()
+    unmatched = set(config.skip_modules)
+    for name, parameter, role in matrices(skeleton):
+        owner = name.rpartition(".")[0]
+        listed = [entry for entry in config.skip_modules if matches(owner, [entry])]
+        unmatched -= set(listed)
+        if config.is_quantized and role == "linear" and not listed:
+            quantized[name] = tuple(parameter.shape)
+        else:
+            kept[name] = role
+            sizes[role] += 0 if listed else parameter.numel()
+    if unmatched:
+        raise ConfigurationError(
+            f"model.quantization.skip_modules: no weight matrix belongs to "
+            f"{', '.join(sorted(unmatched))}; write a module's name or the last part of it."
+        )
+    if not config.is_quantized:
+        return QuantizationPlan(quantized, kept, head_name(skeleton))
+    num_weights = sum(parameter.numel() for parameter in skeleton.parameters())
+    _refuse_unquantizable(kept, sizes, num_weights, config)
+    _refuse_unfit_shapes(skeleton, quantized, config)
+    return QuantizationPlan(
+        quantized, kept, head_name(skeleton), _replaced_classes(skeleton, quantized)
+    )
+
+
+def _refuse_unquantizable(
+    kept: dict[str, Role], sizes: Counter[Role], num_weights: int, config: QuantizationConfig
+) -> None:
+    """Refuse a base of which a large part would silently stay in 16 bits.
+
+    Raises:
+        ConfigurationError: naming an example and how to accept it.
+    """
+    for role, what in (
+        ("experts", "holds fused experts"),
+        ("other", "belongs to no linear module"),
+    ):
+        share = sizes[role] / num_weights  # type: ignore[index]
+        if share > (NEGLIGIBLE_SHARE if role == "other" else 0):
+            name = next(
+                name
+                for name, its in kept.items()
+                if its == role and not matches(name.rpartition(".")[0], config.skip_modules)
+            )
+            owner = name.rpartition(".")[0].rpartition(".")[2]
+            raise ConfigurationError(
+                f"model.quantization: '{name}' {what} and cannot be quantised here ({share:.0%} of "
+                f"the weights); set model.quantization.skip_modules: [{owner}] to keep such "
+                "unquantised, or take a dense model."
+            )
+
+
+def _refuse_unfit_shapes(
+    skeleton: nn.Module, quantized: dict[str, tuple[int, ...]], config: QuantizationConfig
+) -> None:
+    """Refuse matrices that the blocks or the storage do not divide.
+
+    Blocks that run from one row into the next are decoded wrongly by bitsandbytes 0.50 on CPUs with
+    AVX-512: outputs are 20 to 40 % off (normal weights, rows of 16 to 208).
+
+    Raises:
+        ConfigurationError: naming the first of them.
+    """
+    if not config.is_four_bits:
+        return
+    for name, shape in quantized.items():
+        module = skeleton.get_submodule(name.rpartition(".")[0])
+        inputs = shape[0] if type(module).__name__ == "Conv1D" else shape[-1]
+        if inputs % config.block_size:
+            raise ConfigurationError(
+                f"model.quantization.block_size: '{name}' has {inputs} inputs, no multiple of "
+                f"{config.block_size}, so a block would span two rows, which bitsandbytes decodes "
+                f"wrongly on CPUs; list '{name.split('.')[-2]}' in model.quantization.skip_modules"
+                f"{', or choose a smaller block' if config.block_size > 64 else ''}."
+            )
+        weights_a_word = 2 * getattr(torch, config.storage_dtype).itemsize
+        if math.prod(shape) % weights_a_word:
+            raise ConfigurationError(
+                f"model.quantization.storage_dtype: '{name}' has {math.prod(shape)} weights, which "
+                f"do not fill words of {weights_a_word}; set it to uint8."
+            )
+
+
+def _replaced_classes(skeleton: nn.Module, quantized: dict[str, Any]) -> tuple[str, ...]:
+    """Subclasses of ``nn.Linear`` among what is quantised, each proved to be a plain product.
+
+    Raises:
+        ConfigurationError: naming one that computes something else.
+    """
+    examples: dict[type, str] = {}
+    for name in quantized:
+        owner = name.rpartition(".")[0]
+        examples.setdefault(type(skeleton.get_submodule(owner)), owner)
+    subclasses = {
+        kind: owner
+        for kind, owner in examples.items()
+        if kind is not nn.Linear and kind.__name__ != "Conv1D"
+    }
+    for kind, owner in subclasses.items():
+        if not is_plain_product(skeleton.get_submodule(owner)):
+            raise ConfigurationError(
+                f"model.quantization: '{owner}' is a {kind.__name__}, which does more than multiply"
+                " by its weight, so it cannot be replaced by a quantised layer; list "
+                f"'{owner.rpartition('.')[2]}' in model.quantization.skip_modules."
+            )
+    return tuple(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in subclasses))
