@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qlora_pl.errors import AdapterFolderError, TrainingStoppedError
 from qlora_pl.files import sha256_bytes, sha256_file, write_folder_atomic
+from qlora_pl.modeling.model_card import model_card
 from qlora_pl.modeling.parameters import adapter_tensors
 
 MANIFEST_FORMAT = 1
@@ -157,51 +158,3 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / WEIGHTS)
-
-
-def model_card(manifest: AdapterManifest) -> str:
-    """README.md of an adapter folder, as model hubs show it."""
-    base = manifest.base["name"]
-    lora = manifest.lora
-    quantization = manifest.quantization_config
-    precision = manifest.quantization["quant_type"]
-    if quantization is None:
-        precision = manifest.quantization["compute_dtype"]
-    elif manifest.quantization["double_quant"]:
-        precision += " with double quantisation"
-    loading = (
-        f'    base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")\n'
-        if quantization is None
-        else (
-            f'    quantization = BitsAndBytesConfig(**manifest["quantization_config"])\n'
-            f"    base = AutoModelForCausalLM.from_pretrained(\n"
-            f'        {base!r}, quantization_config=quantization, device_map={{"": 0}}\n    )\n'
-        )
-    )
-    return f"""---
-base_model: {base}
-library_name: peft
-tags: [lora, qlora, qlora-pl]
----
-
-# LoRA adapter for {base}
-
-Trained for {manifest.step:,} optimizer steps on {
-        manifest.data.get("num_train_rows", 0):,} rows, over
-the base in {precision}.
-Rank {lora["r"]}, alpha {lora["alpha"]:g}, dropout {lora["dropout"]:g}; prompt template
-`{
-        manifest.template
-    }`. `run.yaml` is the whole configuration; `manifest.json` holds the fingerprint of
-the base and the digest of every file here.
-
-    import json
-    from pathlib import Path
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    folder = Path(".")
-    manifest = json.loads((folder / "manifest.json").read_text())
-{loading}    model = PeftModel.from_pretrained(base, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-"""

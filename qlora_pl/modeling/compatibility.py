@@ -27,6 +27,8 @@ def describe_run(module: Any) -> dict[str, dict[str, Any]]:
             "block_size": quantization.block_size,
             "skip_modules": list(quantization.skip_modules),
             "compute_dtype": str(base.compute_dtype).split(".")[-1],
+            "unquantized_dtype": str(base.unquantized_dtype).split(".")[-1],
+            "replaced_classes": list(base.plan.replaced_classes),
         },
         "lora": lora if module.lora.has_adapters else {"method": "none", "dtype": lora["dtype"]},
         "optimizer": asdict(module.optimizer_config),

@@ -18,7 +18,7 @@ from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.identity import BaseIdentity
 from qlora_pl.modeling.packed_cache import packed_folder, verify_packed, write_packed
-from qlora_pl.modeling.plan import QuantizationPlan
+from qlora_pl.modeling.plan import AttentionKernel, QuantizationPlan, kernel_name
 from qlora_pl.modeling.prequantized import is_prequantized
 from qlora_pl.modeling.quantization import QuantizationConfig, resolve_compute_dtype
 from qlora_pl.modeling.replacement import INT8_OUTLIER_THRESHOLD, planned_replacement
@@ -37,6 +37,8 @@ class LoadedBase:
     plan: QuantizationPlan
     compute_dtype: torch.dtype
     """Of the matrix products."""
+    unquantized_dtype: torch.dtype
+    """What the rest (norms, embeddings, head) is kept in."""
     source: Literal["quantised now", "read from the cache", "quantised already", "unquantised"]
     """Where its weights come from."""
 
@@ -53,7 +55,7 @@ def load_base(
     *,
     device: torch.device,
     cache_dir: str | None = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: AttentionKernel = "auto",
     trust_remote_code: bool = False,
     is_first_rank: bool = True,
     rest_dtype: torch.dtype | None = None,
@@ -66,7 +68,7 @@ def load_base(
         plan: From ``make_plan``.
         device: Where to.
         cache_dir: See ``cache_root``.
-        attn_implementation: transformers' name of an attention kernel.
+        attn_implementation: See ``QLoRAModule``.
         trust_remote_code: Whether Python code in the model's folder may run.
         is_first_rank: Whether this process is the one that keeps a packed copy.
         rest_dtype: What unquantised weights are kept in; None: see ``unquantized_dtype``.
@@ -80,7 +82,7 @@ def load_base(
     arguments = {
         "device_map": {"": str(device)},
         "dtype": rest_dtype,
-        "attn_implementation": attn_implementation,
+        "attn_implementation": kernel_name(attn_implementation),
         "trust_remote_code": trust_remote_code,
     }
     packed = packed_folder(identity, config, rest_dtype, device, cache_dir)
@@ -103,7 +105,7 @@ def load_base(
     keep_gradients_on_cpu(model)
     model.requires_grad_(False)
     refuse_broken_forward(model, compute_dtype)
-    return LoadedBase(model, plan, compute_dtype, source)  # type: ignore[arg-type]
+    return LoadedBase(model, plan, compute_dtype, rest_dtype, source)  # type: ignore[arg-type]
 
 
 def unquantized_dtype(config: QuantizationConfig, compute_dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -55,7 +55,7 @@ from qlora_pl.modeling.optimizers import (
     warn_of_high_rate,
 )
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.modeling.plan import build_skeleton
+from qlora_pl.modeling.plan import AttentionKernel, build_skeleton
 from qlora_pl.modeling.prequantized import make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.step import (
@@ -91,7 +91,8 @@ class QLoRAModule(LightningModule):
             every row does, as in the original's runs with one row a micro-batch.
         gradient_checkpointing: Recompute activations in the backward pass: a third more
             arithmetic, and memory for one layer instead of all.
-        attn_implementation: transformers' attention kernel.
+        attn_implementation: transformers' attention kernel; auto: sdpa, or eager for families
+            that have no other (BLOOM, Gemma 2).
         trust_remote_code: Whether Python code of the model may run; a Hub model needs a revision.
         grow_vocabulary: Whether tokens without an embedding row get one, trained and saved.
     """
@@ -108,7 +109,7 @@ class QLoRAModule(LightningModule):
         decoding: DecodingConfig = DecodingConfig(),  # noqa: B008
         normalize_loss_by: Normalization = "tokens",
         gradient_checkpointing: bool = True,
-        attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
+        attn_implementation: AttentionKernel = "auto",
         trust_remote_code: bool = False,
         grow_vocabulary: bool = False,
     ) -> None:

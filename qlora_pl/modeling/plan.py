@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.structure import Role, head_name, is_plain_product, matches, matrices
 
+AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 NEGLIGIBLE_SHARE = 0.01
 """Unrecognised matrices (a convolution's kernel, say) up to this share stay as they are, listed."""
 
@@ -45,7 +46,7 @@ class QuantizationPlan:
 
 
 def build_skeleton(
-    folder: Path, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+    folder: Path, attn_implementation: AttentionKernel = "auto", trust_remote_code: bool = False
 ) -> nn.Module:
     """The model without its weights, on the meta device: names and shapes at no cost.
 
@@ -60,7 +61,7 @@ def build_skeleton(
         with torch.device("meta"):
             skeleton: nn.Module = AutoModelForCausalLM.from_config(
                 config,
-                attn_implementation=attn_implementation,
+                attn_implementation=kernel_name(attn_implementation),
                 trust_remote_code=trust_remote_code,
             )
     except Exception as error:  # an unknown architecture raises KeyError, ValueError, ImportError
@@ -74,6 +75,11 @@ def build_skeleton(
             f"'{folder}' ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
         ) from error
     return skeleton
+
+
+def kernel_name(kernel: AttentionKernel) -> str | None:
+    """The kernel in transformers' words, where None is the best that a family has."""
+    return None if kernel == "auto" else kernel
 
 
 def plan_quantization(skeleton: nn.Module, config: QuantizationConfig) -> QuantizationPlan:

@@ -150,7 +150,8 @@ def make_manifest(module: Any, data: Any, step: int) -> AdapterManifest:
         quantization_config = {
             key: value
             for key, value in plain.items()
-            if key.startswith("bnb_4bit") or key in ("load_in_4bit", "llm_int8_skip_modules")
+            if key.startswith("bnb_4bit" if module.quantization.is_four_bits else "llm_int8")
+            or key in ("load_in_4bit", "load_in_8bit", "llm_int8_skip_modules")
         }
     return AdapterManifest(
         base=described["base"] | {"revision": module.revision},
