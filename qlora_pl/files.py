@@ -14,8 +14,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,18 @@ def write_folder_atomic(folder: Path, files: Mapping[str, bytes | str]) -> None:
     Raises:
         TrainingStoppedError: if it exists already, or cannot be written.
     """
+    with atomic_folder(folder) as temporary:
+        for name, content in files.items():
+            _write_synced(temporary / name, content)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which gets its name when the block ends well.
+
+    Raises:
+        TrainingStoppedError: if it exists already, or cannot be written.
+    """
     if folder.exists():
         raise TrainingStoppedError(f"'{folder}' exists already and is never overwritten.")
     try:
@@ -74,9 +86,12 @@ def write_folder_atomic(folder: Path, files: Mapping[str, bytes | str]) -> None:
         raise TrainingStoppedError(_why_not_written(folder, error)) from error
     try:
         temporary.chmod(0o755)  # mkdtemp makes folders that only their owner may read
-        for name, content in files.items():
-            _write_synced(temporary / name, content)
-        for parent in {(temporary / name).parent for name in files} | {temporary}:
+        yield temporary
+        paths = list(temporary.rglob("*"))
+        for path in paths:
+            if path.is_file():
+                _sync_file(path)
+        for parent in [path for path in paths if path.is_dir()] + [temporary]:
             _sync_folder(parent)
         temporary.rename(folder)
         _sync_folder(folder.parent)
@@ -106,6 +121,11 @@ def _write_synced(path: Path, data: bytes | str) -> None:
     with path.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.errors import CheckpointError, TrainingStoppedError
+from qlora_pl.errors import CheckpointError
 from qlora_pl.modeling.adapter_start import (
     locate_adapter,
     refuse_other_adapter,
@@ -62,8 +62,8 @@ from qlora_pl.modeling.step import (
     MicroBatch,
     StepStatistics,
     refuse_silent_adapters,
+    stop_if_diverged,
     sum_over_step,
-    suspects,
 )
 from qlora_pl.modeling.summary import summarize
 from qlora_pl.modeling.vocabulary import check_vocabulary
@@ -141,6 +141,16 @@ class QLoRAModule(LightningModule):
         for metric in (self._val_nats, self._val_tokens):
             metric.set_dtype(torch.float64)  # a float32 sum of many nats loses the small ones
         self.strict_loading = True
+
+    @property
+    def product(self) -> str:
+        """What a run makes: an ``adapter``, or a whole ``model``."""
+        return "adapter" if self.lora.has_adapters else "model"
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether the loss scaler has left out the last step, and so maybe all."""
+        return self.last_step is not None and self.last_step.is_skipped
 
     # -- loading ---------------------------------------------------------------------------------
 
@@ -236,7 +246,7 @@ class QLoRAModule(LightningModule):
             learning_rate=optimizer.param_groups[0]["lr"],
             loss_scale=self._loss_scale(),
         )
-        self._stop_if_diverged(self.last_step)
+        stop_if_diverged(self.last_step, self._micro_batches, self.trainer)
         self._skipped.count(self.last_step.is_skipped, self.trainer.global_step + 1)
         if self.trainer.global_step == 0 and not self.last_step.is_skipped:
             refuse_silent_adapters(trained)
@@ -245,20 +255,6 @@ class QLoRAModule(LightningModule):
     def _loss_scale(self) -> float | None:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return None if scaler is None else scaler.get_scale()
-
-    def _stop_if_diverged(self, step: StepStatistics) -> None:
-        if (problem := step.divergence()) is None:
-            return
-        row_ids = suspects(self._micro_batches)
-        shown, more = row_ids[:8], len(row_ids) - 8
-        data = getattr(self.trainer, "datamodule", None)
-        rows = data.name_rows(shown) if data is not None else [f"row {row}" for row in shown]
-        saved = getattr(self.trainer.checkpoint_callback, "last_checkpoint", None)
-        raise TrainingStoppedError(
-            f"Step {self.trainer.global_step + 1}: {problem}, with {', '.join(rows)}"
-            f"{f' and {more} more' if more > 0 else ''}; nothing was updated, and the last good "
-            f"checkpoint is {saved or 'none yet'}. Lower model.optimizer.lr, or look at these rows."
-        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch's token losses to the split's sum."""

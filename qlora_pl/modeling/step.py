@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,28 @@ def sum_over_step(
     if world_size > 1:
         torch.distributed.all_reduce(sums)
     return StepSums(*sums.tolist())
+
+
+def stop_if_diverged(
+    step: StepStatistics, micro_batches: Sequence[MicroBatch], trainer: Any
+) -> None:
+    """A step whose loss or gradient is no number must not be taken.
+
+    Raises:
+        TrainingStoppedError: naming the rows, and the checkpoint to go back to.
+    """
+    if (problem := step.divergence()) is None:
+        return
+    row_ids = suspects(micro_batches)
+    shown, more = row_ids[:8], len(row_ids) - 8
+    data = getattr(trainer, "datamodule", None)
+    rows = data.name_rows(shown) if data is not None else [f"row {row}" for row in shown]
+    saved = getattr(trainer.checkpoint_callback, "last_checkpoint", None)
+    raise TrainingStoppedError(
+        f"Step {trainer.global_step + 1}: {problem}, with {', '.join(rows)}"
+        f"{f' and {more} more' if more > 0 else ''}; nothing was updated, and the last good "
+        f"checkpoint is {saved or 'none yet'}. Lower model.optimizer.lr, or look at these rows."
+    )
 
 
 def suspects(micro_batches: Sequence[MicroBatch]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Writes an adapter folder at each save, and proves that what was written is what was trained.
+"""Writes what a run has made at each save, and proves that what was written is what was trained.
 
 Every folder is read back and compared, tensor by tensor and byte by byte, with what was handed
 over; at a run's first and last save the tensors read back also have to give the same logits. An
@@ -31,7 +31,8 @@ from qlora_pl.modeling.adapter_folder import (
 )
 from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.loading import bitsandbytes_config
-from qlora_pl.training.run_folder import adapter_path, digest_path
+from qlora_pl.modeling.model_folder import read_tensor_digests, write_model_folder
+from qlora_pl.training.run_folder import digest_path
 
 PROBE_TOKENS = 64
 VERSIONED = ("qlora-pl", "torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets")
@@ -48,7 +49,7 @@ class AdapterSaver:
         self.save_held_out = save_held_out
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify-save")
         self._checks: dict[Path, Future[None]] = {}
-        self._newest: tuple[Path, dict[str, Tensor]] | None = None
+        self._newest: tuple[Path, dict[str, Any]] | None = None
         self._is_proven = False
 
     def __getstate__(self) -> dict[str, Any]:  # strategies copy callbacks; threads do not copy
@@ -57,26 +58,28 @@ class AdapterSaver:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["save_held_out"])  # type: ignore[misc]
 
-    def write(self, trainer: Trainer, module: LightningModule, run: Path, step: int) -> None:
-        """Write the adapter folder of a step.
+    def write(self, trainer: Trainer, module: LightningModule, folder: Path, step: int) -> None:
+        """Write the adapter folder, or the model folder, of a step.
 
         Raises:
             TrainingStoppedError: if an adapter is dead, or the folder cannot be written.
         """
         model = module.model
         assert isinstance(model, nn.Module)
-        folder = adapter_path(run, step)
         data = getattr(trainer, "datamodule", None)
-        tensors = write_adapter_folder(
-            folder,
-            model,
+        contents = (
             data.tokenizer if data is not None else None,
             make_manifest(module, data, step),
-            _run_yaml(run),
+            _run_yaml(folder.parents[1]),
             held_out_rows(data) if self.save_held_out and data is not None else None,
         )
-        refuse_dead_adapters(tensors, step)
-        self._newest = (folder, tensors)
+        if module.product == "model":
+            self._newest = (folder, dict(write_model_folder(folder, model, *contents)))
+            return
+        tensors = write_adapter_folder(folder, model, *contents)
+        if not module.is_untouched:
+            refuse_dead_adapters(tensors, step)
+        self._newest = (folder, dict(tensors))
 
     def verify(self, module: LightningModule, checkpoint: Path) -> None:
         """Have what was written read back; at the first save wait for it, and compare logits.
@@ -85,8 +88,9 @@ class AdapterSaver:
             TrainingStoppedError: if the first save is not what was handed over.
         """
         assert self._newest is not None
-        folder = self._newest[0]
-        self._checks[folder] = self._thread.submit(verify_save, *self._newest, checkpoint)
+        folder, handed_over = self._newest
+        check: Any = verify_model_save if module.product == "model" else verify_save
+        self._checks[folder] = self._thread.submit(check, folder, handed_over, checkpoint)
         if not self._is_proven:
             self._prove(module)
             self._is_proven = True
@@ -111,7 +115,8 @@ class AdapterSaver:
         for folder in list(self._checks):
             self.settle(folder)
         folder, _ = self._newest
-        compare_logits(module, read_adapter_tensors(folder), folder)
+        if module.product == "adapter":
+            compare_logits(module, read_adapter_tensors(folder), folder)
 
     @staticmethod
     def publish(source: Path, destination: Path) -> None:
@@ -213,6 +218,33 @@ def verify_save(folder: Path, tensors: Mapping[str, Tensor], checkpoint: Path) -
             f"'{folder}' does not hold what was trained: {(different or ['extra tensors'])[0]} "
             "differs after reading it back; check the disk."
         )
+    refuse_altered_checkpoint(checkpoint)
+
+
+def verify_model_save(folder: Path, digests: Mapping[str, str], checkpoint: Path) -> None:
+    """Read a whole model back and compare its tensors' digests with what was handed over.
+
+    Raises:
+        TrainingStoppedError: naming the first difference.
+    """
+    read_adapter_folder(folder)
+    read = read_tensor_digests(folder)
+    # Families whose files name or cut tensors differently from the model are held by file alone.
+    different = [name for name in digests if name in read and read[name] != digests[name]]
+    if different or not read:
+        raise TrainingStoppedError(
+            f"'{folder}' does not hold what was trained: {(different or ['every tensor'])[0]} "
+            "differs after reading it back; check the disk."
+        )
+    refuse_altered_checkpoint(checkpoint)
+
+
+def refuse_altered_checkpoint(checkpoint: Path) -> None:
+    """A checkpoint must still be what its digest says.
+
+    Raises:
+        TrainingStoppedError: if it is not.
+    """
     if sha256_file(checkpoint) != digest_path(checkpoint).read_text().split()[0]:
         raise TrainingStoppedError(f"'{checkpoint}' differs from what was written; check the disk.")
 

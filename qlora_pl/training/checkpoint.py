@@ -22,10 +22,10 @@ from qlora_pl.files import remove_leftovers, serialize, sha256_bytes, write_atom
 from qlora_pl.training.adapter_save import AdapterSaver
 from qlora_pl.training.random_state import collect_random_states, restore_random_states
 from qlora_pl.training.run_folder import (
-    adapter_path,
     checkpoint_path,
     digest_path,
     newest_verified,
+    product_path,
     step_of,
     verifies,
 )
@@ -145,7 +145,7 @@ class AdapterCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the random states of a resumed run, and clear away what a kill left behind."""
         if trainer.is_global_zero:
-            for name in ("checkpoints", "adapters"):
+            for name in ("checkpoints", "adapters", "models"):
                 remove_leftovers(self.folder / name)
         if self._loaded is not None:
             states = self._loaded["random_states"]
@@ -197,8 +197,8 @@ class AdapterCheckpoint(Checkpoint):
             self._save_if_due(trainer, pl_module)
         if trainer.is_global_zero and self.saved_steps:
             self._saver.finish(pl_module)
-            adapter = adapter_path(self.folder, self.saved_steps[-1])
-            self._saver.publish(adapter, self.folder / "adapter")
+            newest = self._product_path(pl_module, self.saved_steps[-1])
+            self._saver.publish(newest, self.folder / str(pl_module.product))
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -217,14 +217,18 @@ class AdapterCheckpoint(Checkpoint):
         path = checkpoint_path(self.folder, boundary.step)
         # The adapter first: a step whose checkpoint is there has its adapter, wherever a kill came.
         if trainer.is_global_zero:
-            shutil.rmtree(adapter_path(self.folder, boundary.step), ignore_errors=True)
-            self._saver.write(trainer, pl_module, self.folder, boundary.step)
+            folder = self._product_path(pl_module, boundary.step)
+            shutil.rmtree(folder, ignore_errors=True)
+            self._saver.write(trainer, pl_module, folder, boundary.step)
         if not verifies(path):
             trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             self._saver.verify(pl_module, path)
         self.last_checkpoint = path
         self._discard(trainer)
+
+    def _product_path(self, module: Any, step: int) -> Path:
+        return product_path(self.folder, step, module.product)
 
     def _best_steps(self) -> list[int]:
         sign = 1 if self.mode == "min" else -1
@@ -253,10 +257,11 @@ class AdapterCheckpoint(Checkpoint):
         )
         for path in (self.folder / "checkpoints").glob("step-*.ckpt"):
             if step_of(path) not in keep:
-                self._saver.settle(adapter_path(self.folder, step_of(path)))
+                folder = self._product_path(trainer.lightning_module, step_of(path))
+                self._saver.settle(folder)
                 path.unlink()
                 digest_path(path).unlink(missing_ok=True)
-                shutil.rmtree(adapter_path(self.folder, step_of(path)), ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
     # -- state -----------------------------------------------------------------------------------
 

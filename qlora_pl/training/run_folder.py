@@ -5,6 +5,7 @@
         checkpoints/step-00000010.ckpt (+ .sha256)   to resume
         adapters/step-00000010/                      to use, one for each checkpoint
         adapter/                                     the finished run's
+        models/step-00000010/  model/                instead, if the base was trained whole
     runs/<name>/validate_<N>/         likewise for the commands that do not train
 
 A run that resumes continues in its own folder. Lightning would make a new one, find no checkpoint
@@ -90,9 +91,9 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}.ckpt"
 
 
-def adapter_path(run: Path, step: int) -> Path:
-    """The adapter folder of a run at an optimizer step."""
-    return run / "adapters" / f"step-{step:08d}"
+def product_path(run: Path, step: int, product: str) -> Path:
+    """The folder of what a run has made at an optimizer step: an ``adapter`` or a ``model``."""
+    return run / f"{product}s" / f"step-{step:08d}"
 
 
 def digest_path(checkpoint: Path) -> Path:

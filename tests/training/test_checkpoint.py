@@ -16,10 +16,10 @@ from qlora_pl.files import write_atomic
 from qlora_pl.modeling.adapter_folder import read_adapter_folder
 from qlora_pl.training.adapter_save import refuse_dead_adapters, verify_save
 from qlora_pl.training.run_folder import (
-    adapter_path,
     checkpoint_path,
     checkpoints_newest_first,
     newest_verified,
+    product_path,
     step_of,
     verifies,
 )
@@ -64,13 +64,13 @@ def test_the_first_step_is_saved_and_later_ones_replace_it(whole: Path) -> None:
     steps = sorted(step_of(path) for path in checkpoints_newest_first(whole))
     assert steps[-3:] == [18, 19, 20]
     assert len(steps) <= 4
-    assert all(adapter_path(whole, step).is_dir() for step in steps)
+    assert all(product_path(whole, step, "adapter").is_dir() for step in steps)
     assert len(list((whole / "adapters").iterdir())) == len(steps)
 
 
 def test_every_adapter_folder_is_whole_and_says_its_step(whole: Path) -> None:
     for path in checkpoints_newest_first(whole):
-        manifest = read_adapter_folder(adapter_path(whole, step_of(path)))
+        manifest = read_adapter_folder(product_path(whole, step_of(path), "adapter"))
         assert manifest.step == step_of(path)
     assert read_adapter_folder(whole / "adapter").step == 20
 
@@ -84,7 +84,7 @@ def test_the_digest_beside_a_checkpoint_is_what_sha256sum_reads(whole: Path) -> 
 
 
 def test_a_save_that_reads_back_differently_is_named(whole: Path) -> None:
-    folder, checkpoint = adapter_path(whole, 20), checkpoint_path(whole, 20)
+    folder, checkpoint = product_path(whole, 20, "adapter"), checkpoint_path(whole, 20)
     from qlora_pl.modeling.adapter_folder import read_adapter_tensors
 
     tensors: dict[str, Any] = read_adapter_tensors(folder)
