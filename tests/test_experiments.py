@@ -8,22 +8,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from families import BY_NAME
+from transformers import AutoConfig
 
 from qlora_pl.__main__ import main
-from qlora_pl.cli import read_runs
+from qlora_pl.cli import read_runs, settings
+from qlora_pl.data.batching import BatchLayout, epoch_steps
+from qlora_pl.data.sources import SourceConfig
+from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
+from qlora_pl.modeling.identity import is_hub_name
+from qlora_pl.modeling.plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.quantization import QuantizationConfig
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
-GUANACO = [path for path in EXPERIMENTS if path.stem.startswith("guanaco")]
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process
 
 
 def name(path: Path) -> str:
     return path.stem
+
+
+def llama(width: int, inner: int, layers: int, heads: int) -> dict[str, int]:
+    """LLaMA's shapes (Touvron et al. 2023, table 2, and its inner widths)."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": 128,
+        "vocab_size": 32000,
+    }
 
 
 def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -99,22 +120,143 @@ def test_guanaco_has_the_papers_numbers(size: str, base: str, rate: float, dropo
     assert run.data.batch_size * run.trainer.accumulate_grad_batches == 16
 
 
-@pytest.mark.parametrize("path", GUANACO[-2:], ids=name)
-def test_a_shrunken_base_trains_the_very_file_for_three_steps(
-    path: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+# The architecture of each experiment's base: its family, and the shapes that its size depends on.
+BASES: dict[str, tuple[str, dict[str, int]]] = {
+    "guanaco7b": ("LLaMA", llama(4096, 11008, 32, 32)),
+    "guanaco13b": ("LLaMA", llama(5120, 13824, 40, 40)),
+    "guanaco33b": ("LLaMA", llama(6656, 17920, 60, 52)),
+    "guanaco33b_assistant_only": ("LLaMA", llama(6656, 17920, 60, 52)),
+    "guanaco65b": ("LLaMA", llama(8192, 22016, 80, 64)),
+    "llama2_7b_guanaco": ("LLaMA", llama(4096, 11008, 32, 32)),
+    "mistral7b_prompts": ("Mistral", llama(4096, 14336, 32, 32) | {"num_key_value_heads": 8}),
+    "pythia12b_alpaca": (
+        "GPT-NeoX, Pythia",
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 20480,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 40,
+            "vocab_size": 50688,
+        },
+    ),
+    "bloom7b1_prompts": (
+        "BLOOM",
+        {"hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880},
+    ),
+    "falcon_rw_1b": (
+        "Falcon RW",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "vocab_size": 50304,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("stem", "trained"),
+    [
+        # r (in + out) summed over the adapted layers; 65B's are 1,599.1 MB in 16 bits
+        ("guanaco7b", 159_907_840),
+        ("guanaco13b", 250_347_520),
+        ("guanaco33b", 487_587_840),
+        ("guanaco33b_assistant_only", 487_587_840),
+        ("guanaco65b", 799_539_200),
+        ("llama2_7b_guanaco", 159_907_840),
+        ("mistral7b_prompts", 41_943_040),
+        ("pythia12b_alpaca", 64 * 36 * (5120 * 2 + 5120 * 4 + 5120 * 5 + 5120 * 5)),
+        ("bloom7b1_prompts", 7_864_320),
+        ("falcon_rw_1b", 1_572_864),
+    ],
+)
+def test_an_experiment_trains_as_many_weights_as_its_source_says(
+    stem: str, trained: int, tmp_path: Path
 ) -> None:
-    rows = [{"text": f"### Human: What is {n}?### Assistant: It is {n}."} for n in range(60)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """On the meta device: every shape is the real one, and no weight exists."""
+    family, shapes = BASES[stem]
+    config = AutoConfig.for_model(BY_NAME[family].model_type, **BY_NAME[family].settings | shapes)
+    config.save_pretrained(tmp_path)
+    skeleton = build_skeleton(tmp_path)
+    (run,) = read_runs([["--config", str(ROOT / f"experiments/{stem}.yaml")]])
+    lora = LoRAConfig(**settings(run.model.lora))
+    plan_quantization(skeleton, QuantizationConfig(**settings(run.model.quantization)))
+    targets = resolve_targets(skeleton, lora)
+    refuse_unfit_ranks(skeleton, lora, targets)
+    sizes = [sum(skeleton.get_submodule(name).weight.shape) for name in targets]  # type: ignore[arg-type]
+    assert lora.r * sum(sizes) == trained
+
+
+def rows_like(source: SourceConfig, count: int) -> list[dict[str, str]]:
+    """Rows in the real schema of an experiment's dataset."""
+    if source.path.endswith("alpaca"):
+        return [
+            {"instruction": f"Add one to {n}.", "input": "", "output": f"{n + 1}", "text": "..."}
+            for n in range(count)
+        ]
+    if source.path.endswith("prompts"):
+        return [{"act": f"Act {n}", "prompt": f"Act as {n} coaches."} for n in range(count)]
+    text = "### Human: What is {0}?### Assistant: It is {0}.### Human: Sure?### Assistant: Yes."
+    return [{"text": text.format(n)} for n in range(count)]
+
+
+@pytest.mark.parametrize("stem", BASES)
+def test_a_shrunken_base_trains_the_very_file_for_three_steps(
+    stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same architecture and file; two layers of width 64, and rows of the same schema."""
+    (run,) = read_runs([["--config", str(ROOT / f"experiments/{stem}.yaml")]])
+    family = BASES[stem][0]
+    changes = {"num_key_value_heads": 4} if family == "LLaMA" else {}  # which rank 64 needs
+    base = BY_NAME[family].save(tmp_path / "base", **changes)
     monkeypatch.chdir(tmp_path)
-    words = ["fit", "--config", str(path), "--model.model_name_or_path", str(tiny_base)]
-    words += ["--data.sources", "rows.jsonl", "--data.val_sources", "rows.jsonl"]
+    words = ["fit", "--config", str(ROOT / f"experiments/{stem}.yaml")]
+    words += ["--model.model_name_or_path", str(base), "--model.revision", "null"]
+    (source,) = run.data.sources.sources
+    if source.path.startswith("experiments/"):
+        local = {"path": str(ROOT / source.path), "format": source.format}
+    else:
+        path = tmp_path / "rows.jsonl"
+        rows = rows_like(source, 72)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        local = {"path": str(path), "format": source.format, "columns": source.columns}
+    words += ["--data.sources", json.dumps(local)]
+    if run.data.val_sources:
+        words += ["--data.val_sources", json.dumps(local)]
+    elif run.data.val_size == 1024:
+        words += ["--data.val_size", "8"]
     words += ["--trainer.max_steps", "3", "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
     words += ["--trainer.enable_progress_bar", "false", "--samples.decoding.max_new_tokens", "2"]
     monkeypatch.setattr(sys, "argv", ["qlora-pl", *words])
     assert main() == 0
-    run = tmp_path / f"runs/{path.stem}/version_0"
-    manifest = json.loads((run / "adapter/manifest.json").read_text())
+    folder = tmp_path / f"runs/{stem}/version_0"
+    manifest = json.loads((folder / "adapter/manifest.json").read_text())
     assert manifest["step"] == 3
-    assert manifest["quantization"]["quant_type"] == "nf4"
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["rows"] == 48
+    assert manifest["quantization"]["quant_type"] == run.model.quantization.quant_type
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["rows"] == 3 * run.data.batch_size * run.trainer.accumulate_grad_batches
+    assert (folder / "samples.jsonl").read_text().count("\n") >= 2  # before and after
+
+
+def test_the_fifty_prompts_take_sixty_five_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = read_runs([["--config", str(ROOT / "experiments/bloom7b1_prompts.yaml")]])
+    (source,) = run.data.sources.sources
+    assert source.limit == 50
+    layout = BatchLayout(run.data.batch_size, run.trainer.accumulate_grad_batches)
+    assert layout.global_batch_size == 4
+    steps = epoch_steps(np.full(50, 9), layout.global_batch_size, 0, 0, run.data.group_by_length)
+    assert len(steps) * run.trainer.max_epochs == 65
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
+def test_hub_models_and_datasets_are_pinned_or_the_file_says_why_not(path: Path) -> None:
+    (run,) = read_runs([["--config", str(path)]])
+    if is_hub_name(run.model.model_name_or_path) and "quickstart" not in path.stem:
+        assert re.fullmatch("[0-9a-f]{40}", str(run.model.revision)), path.name
+    for source in [*run.data.sources.sources, *run.data.val_sources.sources]:
+        if not Path(source.path).suffix:
+            is_pinned = re.fullmatch("[0-9a-f]{40}", str(source.revision)) is not None
+            assert is_pinned or "is not pinned here" in path.read_text(), path.name

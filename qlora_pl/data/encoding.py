@@ -73,11 +73,6 @@ def load_tokenizer(name: str, revision: str | None = None, cache_dir: str | None
             "offsets); convert it once with transformers and save it."
         )
     repair_special_tokens(tokenizer, _model_config(name, revision, cache_dir))
-    if tokenizer.eos_token_id is None:
-        raise ConfigurationError(
-            f"data.tokenizer: '{name}' has no end-of-text token, so answers could not be taught to "
-            "end; set eos_token in its tokenizer_config.json."
-        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer

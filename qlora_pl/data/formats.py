@@ -6,6 +6,7 @@ runner-up: a wrong guess is the kind of mistake that trains for hours without a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -87,6 +88,21 @@ def text(row: Row) -> Conversation:
     return Conversation.from_text(_text(row, "text"))
 
 
+GUANACO_TURN = re.compile(r"### (Human|Assistant):")
+
+
+def guanaco(row: Row) -> Conversation:
+    """``text`` of "### Human: ...### Assistant: ..." turns, as the openassistant-guanaco rows."""
+    whole = _text(row, "text")
+    before, *parts = GUANACO_TURN.split(whole)
+    if before.strip() or not parts:
+        raise RowError("'text' does not begin with '### Human:'; its format may be text")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return Conversation(
+        tuple(Message(SPEAKERS[speaker.lower()], said.strip()) for speaker, said in turns)
+    )
+
+
 def messages(row: Row) -> Conversation:
     """``messages``: a list of ``{role, content}``."""
     return _turns(row, "messages", "role", "content")
@@ -132,6 +148,7 @@ FORMATS: dict[str, Format] = {
     "question-answer": Format(question_answer, frozenset({"question", "answer"})),
     "input-output": Format(input_output, frozenset({"input", "output"})),
     "text": Format(text, frozenset({"text"})),
+    "guanaco": Format(guanaco, frozenset({"text"})),
 }
 """In order of preference: where several fit, the richer one wins."""
 

@@ -28,8 +28,9 @@ class LoRAConfig:
     """Low-rank adapters: y = W x + (alpha / r) B A x (Hu et al. 2021, arXiv:2106.09685)."""
 
     method: Literal["lora", "dora", "none"] = "lora"
-    """``dora`` trains the length of each row of W + BA apart from its direction (Liu et al. 2024,
-    arXiv:2402.09353). ``none``: no adapters, every weight of the base is trained."""
+    """What is trained. ``lora``: adapters. ``dora``: adapters, and the length of each row of W + BA
+    apart from its direction (Liu et al. 2024, arXiv:2402.09353). ``none``: no adapters, but every
+    weight of the base."""
     r: int = 64
     """Rank: rows of A and columns of B. The paper found 8 to 256 alike; 64 is what it used."""
     alpha: float = 16.0
@@ -40,17 +41,19 @@ class LoRAConfig:
     dropout: float = 0.0
     """Share of the adapter's inputs set to zero in training. Paper: 0.1 up to 13B, else 0.05."""
     bias: Literal["none", "lora_only", "all"] = "none"
-    """Which of the base's biases train as well, kept in float32."""
+    """Which of the base's biases train as well, kept in ``dtype``: those of the adapted modules
+    (``lora_only``) or every one (``all``)."""
     target_modules: str | list[str] = ALL_LINEAR
     """``all-linear`` (all but the head, which the paper found necessary), a list of module names
     or their last parts, or one regular expression for whole names."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of some modules: names, their last parts, or regular expressions, to r."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alphas of some modules, likewise."""
+    """Alphas of some modules, named as in ``rank_pattern``."""
     init: Literal["kaiming", "gaussian", "eva", "pissa", "olora", "corda", "loftq"] = "kaiming"
-    """How A starts; B starts at zero, so that training starts at the base. ``eva``: the directions
-    in which the first rows' activations vary most (Paischer et al. 2024, arXiv:2410.07170)."""
+    """How A starts; B starts at zero, so that training starts at the base. ``kaiming`` (uniform)
+    and ``gaussian`` are random; ``eva``: the directions in which the first rows' activations vary
+    most (Paischer et al. 2024, arXiv:2410.07170). The others change the base and are refused."""
     init_from: str | None = None
     """An adapter to go on from, with a fresh optimizer: a folder, or a name on the Hub. Its base,
     ranks and modules must be this run's."""

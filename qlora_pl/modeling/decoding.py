@@ -18,9 +18,10 @@ class DecodingConfig:
     """How answers are drawn."""
 
     max_new_tokens: int = 256
-    """Tokens of an answer at most (the original's default)."""
+    """Tokens of an answer at most; the original's default is 256."""
     do_sample: bool = False
-    """False: the likeliest token each time; temperature, top_p and top_k then have no effect."""
+    """Whether answers are drawn at random. False: the likeliest token each time; temperature, top_p
+    and top_k then have no effect."""
     temperature: float = 1.0
     """Divides the logits before sampling; the paper's evaluations used 0.7."""
     top_p: float = 1.0

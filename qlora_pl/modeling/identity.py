@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Keys of config.json that say who wrote the file rather than what the model computes.
 VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+FETCHED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
+"""What of a Hub model is downloaded; pickled weights only where there are no others."""
 HASH_THREADS = 4
 """hashlib releases the interpreter lock; four threads keep one fast disk busy."""
 
@@ -116,55 +118,83 @@ def refuse_unpinned_code(name: str, revision: str | None, trust_remote_code: boo
 def _snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
+    def fetch(*more: str) -> Path:
         return Path(
             snapshot_download(
                 name,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"],
+                allow_patterns=[*FETCHED, *more],
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
             )
         )
+
+    try:
+        folder = fetch()
+        return folder if any(folder.glob("*.safetensors")) else fetch("pytorch_model*.bin")
     except Exception as error:  # the client raises a dozen unrelated types
         raise ConfigurationError(
-            f"model.model_name_or_path: '{name}' is neither a folder here nor a model that could "
-            f"be fetched from the Hub ({type(error).__name__})."
+            f"model.model_name_or_path: {_why_not_fetched(name, revision, error)}"
         ) from error
 
 
+def _why_not_fetched(name: str, revision: str | None, error: Exception) -> str:
+    """One sentence on a Hub model that could not be had, with what to do."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "GatedRepoError" in kinds:
+        return (
+            f"'{name}' is gated; accept its licence on its page, and set HF_TOKEN in the "
+            "environment to a token of that account."
+        )
+    if "RevisionNotFoundError" in kinds:
+        return f"'{name}' has no revision '{revision}'; set model.revision to one of its commits."
+    if "RepositoryNotFoundError" in kinds:
+        return (
+            f"'{name}' is neither a folder here nor a public model; check its spelling, or set "
+            "HF_TOKEN in the environment if it is private."
+        )
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"}:
+        return (
+            f"'{name}' is neither a folder here nor in the cache, and the Hub cannot be reached; "
+            "go online once, or name a folder."
+        )
+    return (
+        f"'{name}' is neither a folder here nor a model that could be fetched from the Hub "
+        f"({type(error).__name__})."
+    )
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads from a folder, in order of their names.
+    """The files that transformers reads a folder's weights from, in order of their names.
 
     Raises:
-        ConfigurationError: if there is none; pickled weights are refused, since loading one runs
-            whatever code it holds.
+        ConfigurationError: if there is none, or one that an index names is missing.
     """
-    whole = folder / "model.safetensors"
-    if whole.is_file():
-        return [whole]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigurationError(
-                f"model.model_name_or_path: '{index}' is no index of weights; fetch it again."
-            ) from error
-        files = [folder / name for name in names]
-        if missing := [path.name for path in files if not path.is_file()]:
-            raise ConfigurationError(
-                f"model.model_name_or_path: '{folder}' lacks {', '.join(missing)}, which its index "
-                "names; fetch it again."
-            )
-        return files
-    pickled = sorted(folder.glob("*.bin"))
-    hint = (
-        "its weights are pickled (.bin); convert them once with transformers' save_pretrained"
-        if pickled
-        else "it has no model.safetensors"
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return _indexed(index)
+    raise ConfigurationError(
+        f"model.model_name_or_path: '{folder}' cannot be loaded: it has no model.safetensors."
     )
-    raise ConfigurationError(f"model.model_name_or_path: '{folder}' cannot be loaded: {hint}.")
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{index}' is no index of weights; fetch it again."
+        ) from error
+    files = [index.parent / name for name in names]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{index.parent}' lacks {', '.join(missing)}, which its "
+            "index names; fetch it again."
+        )
+    return files
 
 
 def _config_digest(path: Path) -> str:
@@ -183,6 +213,8 @@ def _config_digest(path: Path) -> str:
 def _tensor_digests(path: Path, known: Path) -> dict[str, str]:
     """Digest of each tensor; remembered by path, size and modification time of the file."""
     status = path.stat()
+    if path.suffix == ".bin":  # pickled: its tensors are not looked at, only its bytes
+        return {path.name: file_digest(path, known)}
     signature = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
     return _remembered(known, signature, lambda: dict(_hash_tensors(path)))
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_pl.batch import IGNORE_INDEX
 
-Normalization = Literal["tokens", "rows"]
+Normalization = Literal["tokens", "rows", "micro_batches"]
 CHUNK_TOKENS = 1024
 """Tokens whose float32 logits exist at a time (128k words x 1024 x 4 bytes = 0.5 GB)."""
 
@@ -29,7 +29,7 @@ class LossSum(NamedTuple):
     total: Tensor
     """Weighted sum of the token losses, float32 scalar with gradient."""
     weight: Tensor
-    """What the step's total is divided by: tokens, or rows; float32 scalar."""
+    """What the step's total is divided by: tokens, rows or micro-batches; float32 scalar."""
     token_sum: Tensor
     """Plain sum of the token losses in nats, detached; for reporting."""
     num_tokens: Tensor
@@ -45,7 +45,7 @@ def causal_lm_loss(
         model: A transformers causal LM, with or without adapters.
         batch: See ``qlora_pl.batch.Batch``.
         normalize_by: ``tokens``: every trained token weighs the same. ``rows``: every row weighs
-            the same, as in the original's runs of one row a micro-batch.
+            the same. ``micro_batches``: every micro-batch does, as in the original.
     """
     labels = batch["labels"][:, 1:]  # the logits at position t predict token t + 1
     is_trained = labels != IGNORE_INDEX
@@ -55,9 +55,12 @@ def causal_lm_loss(
     tokens_in_row = is_trained.sum(dim=1)  # (B,)
     if normalize_by == "tokens":
         total, weight = losses.sum(), tokens_in_row.sum().float()
-    else:
+    elif normalize_by == "rows":
         total = (losses / tokens_in_row[row]).sum()
         weight = (tokens_in_row > 0).sum().float()
+    else:
+        num_tokens = tokens_in_row.sum()
+        total, weight = losses.sum() / num_tokens.clamp(min=1), (num_tokens > 0).float()
     return LossSum(total, weight, losses.detach().sum(), tokens_in_row.sum())
 
 

@@ -81,14 +81,14 @@ class QLoRAModule(LightningModule):
         model_name_or_path: The base: a folder, or a name on the Hub.
         revision: Commit or tag of a Hub model; None: the newest.
         cache_dir: Where downloads and packed 4-bit weights are kept; None: the Hub's default for
-            the first, ``~/.cache/qlora_pl`` for the second.
+            the first, ``QLORA_PL_CACHE`` or ``~/.cache/qlora_pl`` for the second.
         quantization: How the frozen base is stored and multiplied.
         lora: What is trained.
         optimizer: What steps it.
         schedule: How the learning rate changes.
         decoding: How ``predict`` answers.
         normalize_loss_by: ``tokens``: every trained token of a step weighs the same. ``rows``:
-            every row does, as in the original's runs with one row a micro-batch.
+            every row does. ``micro_batches``: the original's mean of means.
         gradient_checkpointing: Recompute activations in the backward pass: a third more
             arithmetic, and memory for one layer instead of all.
         attn_implementation: transformers' attention kernel; auto: sdpa, or eager for families

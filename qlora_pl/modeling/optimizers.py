@@ -102,8 +102,8 @@ class ScheduleConfig:
     """How the learning rate moves over a run."""
 
     name: ScheduleName = "constant"
-    """Shape after the warm-up: linear and cosine fall to 0 at the run's end, cosine_with_floor to
-    min_lr_ratio, inverse_sqrt with the square root of the step."""
+    """Shape after the warm-up, which all but constant can have: linear and cosine fall to 0 at the
+    run's end, cosine_with_floor to min_lr_ratio, inverse_sqrt with the square root of the step."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises to its peak, in equal parts."""
     warmup_ratio: float = 0.0

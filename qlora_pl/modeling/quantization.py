@@ -52,7 +52,8 @@ class QuantizationConfig:
     summary lists them."""
 
     cache: bool = True
-    """Keep the packed weights on disk, so that the next start need not quantise."""
+    """Keep the packed weights on disk (``model.cache_dir``), so that the next start need not
+    quantise."""
 
     def __post_init__(self) -> None:
         kind = f"quant_type: {self.quant_type}"

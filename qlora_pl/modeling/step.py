@@ -23,7 +23,7 @@ class StepSums(NamedTuple):
     """Sums over the micro-batches of a step and all devices."""
 
     weight: float
-    """What the gradients are divided by: trained tokens, or rows."""
+    """What the gradients are divided by: trained tokens, rows or micro-batches."""
     nats: float
     trained_tokens: float
     tokens: float

@@ -43,12 +43,12 @@ class Family:
     note: str = ""
     has_biases: bool = False
 
-    def save(self, folder: Path, seed: int = 0) -> Path:
+    def save(self, folder: Path, seed: int = 0, **changes: Any) -> Path:
         """Save a random tiny model in bfloat16 with a tokenizer."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(self.model_type, **self.settings)
+        config = AutoConfig.for_model(self.model_type, **self.settings | changes)
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # they start at zero, where a lost one would not show
