@@ -55,6 +55,8 @@ class AdapterManifest:
     data: dict[str, Any]
     """``train_rows`` (fingerprint), ``num_train_rows`` and so on."""
     versions: dict[str, str]
+    vocabulary_size: int | None = None
+    """Rows that the base's embedding is to be resized to first; None: it stays as it is."""
     format: int = MANIFEST_FORMAT
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of every other file of the folder."""

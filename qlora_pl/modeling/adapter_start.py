@@ -33,6 +33,20 @@ COMPARED = {
 """This project's keys, and PEFT's, that must be the same in an adapter to go on from."""
 
 
+EVA_BATCHES = 16
+"""Batches of the first training rows that EVA looks at, over and over until it settles."""
+
+
+def start_adapters(module: Any) -> None:
+    """Begin a fresh run of a ``QLoRAModule`` where ``model.lora`` says."""
+    config = module.lora
+    if config.init_from is not None:
+        start_at_adapter(module.model, module.start)
+    elif config.init == "eva" and module.trainer.state.fn == "fit":
+        batches = module.trainer.datamodule.first_batches(EVA_BATCHES)
+        start_at_activations(module.model, batches, config)
+
+
 # -- EVA -------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -212,7 +213,12 @@ def _fits(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def attach_adapters(model: nn.Module, config: LoRAConfig, seed: int) -> nn.Module:
+def attach_adapters(
+    model: nn.Module,
+    config: LoRAConfig,
+    seed: int,
+    new_rows: Mapping[str, list[int]] | None = None,
+) -> nn.Module:
     """Wrap a base into a PEFT model with fresh adapters; everything else is frozen.
 
     Args:
@@ -220,6 +226,7 @@ def attach_adapters(model: nn.Module, config: LoRAConfig, seed: int) -> nn.Modul
         config: What to attach.
         seed: Of A's random start. The global generators are left as they were, so that a run does
             not depend on what happened while loading.
+        new_rows: Rows of the embedding and the head that are trained too, by module.
     """
     import peft  # slow to import
 
@@ -236,6 +243,7 @@ def attach_adapters(model: nn.Module, config: LoRAConfig, seed: int) -> nn.Modul
         alpha_pattern=dict(config.alpha_pattern),
         init_lora_weights=True if config.init == "kaiming" else config.init,
         eva_config=peft.EvaConfig(rho=1.0) if config.init == "eva" else None,  # 1: equal ranks
+        trainable_token_indices=dict(new_rows) if new_rows else None,
         task_type="CAUSAL_LM",
     )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -248,6 +256,9 @@ def attach_adapters(model: nn.Module, config: LoRAConfig, seed: int) -> nn.Modul
     for module in adapted.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             _keep_in(module, dtype)
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data = parameter.data.to(dtype)
     keep_trained_biases_in(adapted, dtype)
     return adapted
 

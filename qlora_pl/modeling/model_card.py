@@ -70,7 +70,7 @@ def _warnings(manifest: AdapterManifest) -> str:
 
 def _loading(manifest: AdapterManifest) -> str:
     base = manifest.base["name"]
-    config = manifest.quantization_config
+    config, size = manifest.quantization_config, manifest.vocabulary_size
     lines = ["import json", "from pathlib import Path"]
     for name in manifest.quantization["replaced_classes"]:
         module, _, kind = name.rpartition(".")
@@ -99,6 +99,7 @@ def _loading(manifest: AdapterManifest) -> str:
         lines.append('    quantization_config=quantization, device_map={"": 0},')
     lines += [
         ")",
+        *([f"base.resize_token_embeddings({size})  # rows of its new tokens"] if size else []),
         "model = PeftModel.from_pretrained(base, folder)",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]

@@ -27,8 +27,7 @@ from qlora_pl.errors import CheckpointError
 from qlora_pl.modeling.adapter_start import (
     locate_adapter,
     refuse_other_adapter,
-    start_at_activations,
-    start_at_adapter,
+    start_adapters,
 )
 from qlora_pl.modeling.adapters import (
     LoRAConfig,
@@ -66,12 +65,11 @@ from qlora_pl.modeling.step import (
     sum_over_step,
 )
 from qlora_pl.modeling.summary import summarize
-from qlora_pl.modeling.vocabulary import check_vocabulary
+from qlora_pl.modeling.vocabulary import check_vocabulary, grow_vocabulary
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "qlora_pl"
-EVA_BATCHES = 16
 
 
 class QLoRAModule(LightningModule):
@@ -171,12 +169,15 @@ class QLoRAModule(LightningModule):
             targets = resolve_targets(skeleton, self.lora)
             refuse_unfit_ranks(skeleton, self.lora, targets)
         if self.lora.init_from is not None:
-            self._start = locate_adapter(self.lora.init_from)
-            refuse_other_adapter(self._start, self.lora, self.identity)
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is not None:
-            check_vocabulary(tokenizer, skeleton)
+            self.start = locate_adapter(self.lora.init_from)
+            refuse_other_adapter(self.start, self.lora, self.identity)
+        if self._tokenizer is not None:
+            check_vocabulary(self._tokenizer, skeleton, self.grow_vocabulary)
         warn_of_high_rate(self.optimizer_config.lr, skeleton)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and attach adapters; a second call returns."""
@@ -194,9 +195,12 @@ class QLoRAModule(LightningModule):
             is_first_rank=self.trainer.is_global_zero,
             rest_dtype=None if self.lora.has_adapters else getattr(torch, self.lora.dtype),
         )
+        grows = self.grow_vocabulary and self._tokenizer is not None
+        new_rows = grow_vocabulary(self.base.model, len(self._tokenizer)) if grows else {}
+        self.vocabulary_size = len(self._tokenizer) if new_rows else None
         if self.lora.has_adapters:
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-            self.model = attach_adapters(self.base.model, self.lora, seed)
+            self.model = attach_adapters(self.base.model, self.lora, seed, new_rows)
         else:
             self.model = train_all_weights(self.base.model)
         prepare_for_training(self.model, self.gradient_checkpointing)
@@ -204,17 +208,10 @@ class QLoRAModule(LightningModule):
         if plugin is not None:
             self.trainer.strategy.precision_plugin = plugin
         if self.trainer.ckpt_path is None:  # otherwise it brings every trained tensor
-            self._start_adapters()
+            start_adapters(self)
         if self.trainer.is_global_zero:
             name = self.model_name_or_path
             logger.info("%s", summarize(name, self.model, self.base, self.quantization))
-
-    def _start_adapters(self) -> None:
-        if self.lora.init_from is not None:
-            start_at_adapter(self._adapted, self._start)
-        elif self.lora.init == "eva" and self.trainer.state.fn == TrainerFn.FITTING:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            start_at_activations(self._adapted, data.first_batches(EVA_BATCHES), self.lora)
 
     def on_train_start(self) -> None:
         """Begin dropout where the seed says, whatever happened while loading and sampling."""

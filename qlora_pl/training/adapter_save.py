@@ -169,6 +169,7 @@ def make_manifest(module: Any, data: Any, step: int) -> AdapterManifest:
         step=step,
         data=data.describe() if data is not None else {},
         versions={name: version(name) for name in VERSIONED},
+        vocabulary_size=module.vocabulary_size,
     )
 
 

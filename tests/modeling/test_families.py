@@ -16,6 +16,7 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
 from families import BY_NAME, FAMILIES, Family, Saver
 from lightning.pytorch import Callback, Trainer, seed_everything
+from plain_peft import reload_with_plain_peft
 from torch import Tensor, nn
 
 from qlora_pl.data.datamodule import InstructionDataModule
@@ -196,40 +197,6 @@ def test_a_killed_run_ends_in_the_same_bytes_and_plain_peft_reads_them(
     generated = reloaded.generate(input_ids=row, max_new_tokens=4, do_sample=False, pad_token_id=0)  # type: ignore[operator]
     assert generated.shape[1] <= 20
     assert generated.shape[1] > 16
-
-
-def reload_with_plain_peft(folder: Path) -> nn.Module:
-    """Run the lines of the adapter's own README, which know nothing of this project."""
-    card = (folder / "README.md").read_text()
-    lines = [line[4:] for line in card.splitlines() if line.startswith("    ")]
-    code = "\n".join(lines).replace('Path(".")', f"Path({str(folder)!r})")
-    code = code.replace('device_map={"": 0}', 'device_map={"": "cpu"}')
-    scope: dict[str, Any] = {}
-    try:
-        exec(code, scope)
-    finally:
-        undo_replacements()
-    model: nn.Module = scope["model"]
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return model
-
-
-def undo_replacements() -> None:
-    """What a card changed in transformers must not help the tests that follow."""
-    import importlib
-
-    from transformers.models.falcon import modeling_falcon
-
-    importlib.reload(modeling_falcon)
-
-
-# --- families that nobody listed ------------------------------------------------------------------
-
-
-def test_a_family_that_nobody_listed_works_or_gets_one_sentence(tmp_path: Path) -> None:
-    """Mamba reads the weight of a layer itself, Mixtral keeps its experts as one block."""
 
 
 # --- the table ------------------------------------------------------------------------------------
