@@ -13,7 +13,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-oldest test-gpu lint docs-check clean
+.PHONY: help quickstart test test-all test-oldest test-gpu lint docs docs-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ lint: $(VENV)/dev.done  ## style, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/base.done  ## docs/configuration.md: every key, out of the parser of a run
+	$(BIN)/python -m qlora_pl.key_reference > docs/configuration.md
 
 docs-check: $(VENV)/dev.done  ## every command, link and file name in the documentation
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from qlora_pl.__main__ import main
+from qlora_pl.cli import first_sentence
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*"),  # in-process runs of a whole command
@@ -27,7 +29,10 @@ def type_in(
     tiny_base: Path,
     rows_file: Path,
 ) -> Callable[..., tuple[int, list[str]]]:
-    """Types a command in an empty folder; returns its exit code and what it printed as errors."""
+    """Types a command in an empty folder; returns its exit code and what it printed as errors.
+
+    What it printed besides stays in ``type_in.told``.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str, config: Any = None) -> tuple[int, list[str]]:
@@ -45,12 +50,17 @@ def type_in(
             code = main()
         except SystemExit as exit:
             code = int(exit.code or 0)
-        return code, capsys.readouterr().err.strip().splitlines()
+        printed = capsys.readouterr()
+        run.told = printed.out.splitlines()  # type: ignore[attr-defined]
+        return code, printed.err.strip().splitlines()
 
     return run
 
 
-FIT = ("fit", "--model.model_name_or_path", "BASE", "--data.sources", "ROWS")
+FIT = (
+    *("fit", "--model.lora.r", "4"),  # the tiny base's narrowest layer has 32 outputs
+    *("--model.model_name_or_path", "BASE", "--data.sources", "ROWS"),
+)
 BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "command": (("fti",), "no command is called 'fti'; did you mean 'fit'?"),
     "unknown command": (
@@ -59,8 +69,7 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "key": (
         (*FIT, "--model.lora.rank", "4"),
-        "'model.lora' has no key 'rank' (it has alpha, bias, dropout, dtype, init, r, "
-        "target_modules).",
+        "'model.lora' has no key 'rank' (it has alpha, ",
     ),
     "misspelt key": (
         (*FIT, "--model.lora.dropuot", "0.1"),
@@ -84,8 +93,8 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "choice": (
         (*FIT, "--model.quantization.quant_type", "nf5"),
-        "model.quantization.quant_type: expected one of nf4, fp4, none, got 'nf5'; did you mean "
-        "'nf4'?",
+        "model.quantization.quant_type: expected one of nf4, fp4, int8, none, got 'nf5'; did you "
+        "mean 'nf4'?",
     ),
     "number": (
         (*FIT, "--model.lora.r", "many"),
@@ -134,8 +143,7 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "template": (
         (*FIT, "--data.template", "gaunaco"),
-        "data.template: no template is called 'gaunaco' (known: auto, chat, alpaca, "
-        "instruction-response, guanaco); did you mean 'guanaco'?",
+        "data.template: no template is called 'gaunaco' (known: auto, chat, alpaca, ",
     ),
     "target module": (
         (*FIT, "--model.lora.target_modules", "q_prj"),
@@ -178,6 +186,54 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         (*FIT, "--run.name", "a/b"),
         "run.name: 'a/b' becomes a folder; use letters, digits, '.', '_' and '-'.",
     ),
+    "run name that leads out of the root": (
+        (*FIT, "--run.name", ".."),
+        "run.name: '..' would lie outside run.root; name a folder in it.",
+    ),
+    "null for a folder": (
+        (*FIT, "--run.root", "null"),
+        "run.root: null is no value for it (its default is 'runs'); write one, or remove the key.",
+    ),
+    "seed": (
+        (*FIT, "--seed_everything", "-5"),
+        "seed_everything: must lie in 0 to 4294967295, got -5.",
+    ),
+    "seed that is too large": (
+        (*FIT, "--seed_everything", str(10**30)),
+        f"seed_everything: must lie in 0 to 4294967295, got {10**30}.",
+    ),
+    "validation at no batch": (
+        (*FIT, "--trainer.val_check_interval", "0"),
+        "trainer.val_check_interval: must be at least 1 micro-batch, got 0;",
+    ),
+    "validation after the epoch": (
+        (*FIT, "--trainer.val_check_interval", "100"),
+        "trainer.val_check_interval: 100 is more than the 6 micro-batches of an epoch; lower it, "
+        "or set trainer.check_val_every_n_epoch: null",
+    ),
+    "nothing to train": (
+        (*FIT, "--trainer.limit_train_batches", "0"),
+        "trainer.limit_train_batches: 0 trains nothing; write 1 or more, or null.",
+    ),
+    "monitor": (
+        (*FIT, "--checkpoint.monitor", "val/los", "--data.template", "guanaco"),
+        "checkpoint.monitor: no metric is called 'val/los' (there are val/loss, val/perplexity); "
+        "did you mean 'val/loss'?",
+    ),
+    "missing part": (
+        (*FIT, "--trainer", "cpuu.yaml"),
+        "--trainer: no file 'cpuu.yaml'.",
+    ),
+    "misspelt key of a part": (
+        (*FIT, "--trainer", "{max_stepz: 4}"),
+        "--trainer: 'trainer' has no key 'max_stepz'; did you mean 'max_steps'?",
+    ),
+    "folder for a file": ((*FIT, "--config", ".."), "--config: '..' is a folder; name a file in"),
+    "no file": ((*FIT, "--config"), "--config: name a file after it."),
+    "empty path": (
+        (*FIT, "--data.val_sources", ""),
+        "data.val_sources: the path is empty; name a file.",
+    ),
     "accelerator": (
         (*FIT, "--trainer.accelerator", "cuda"),
         "trainer: ",
@@ -207,8 +263,7 @@ BAD_FILES: dict[str, tuple[str, str]] = {
     "a list": ("- model\n", "run.yaml: expected keys and values, got list."),
     "value for a group": (
         "model: {lora: 5}",
-        "run.yaml: 'model.lora' has keys of its own (alpha, bias, dropout, dtype, init, r, "
-        "target_modules), got 5.",
+        "run.yaml: 'model.lora' has keys of its own (alpha, ",
     ),
     "misspelt source setting": (
         "data: {sources: [{path: ROWS, fromat: alpaca}]}",
@@ -222,6 +277,41 @@ BAD_FILES: dict[str, tuple[str, str]] = {
     "missing file": (
         "data: {sources: [rosw.jsonl]}",
         "data.sources: no file 'rosw.jsonl'",
+    ),
+    "empty file": ("", "run.yaml: it holds no keys; write some, or leave --config out."),
+    "comment alone": ("# later\n", "run.yaml: it holds no keys;"),
+    "key that stands twice": (
+        "model:\n  lora:\n    r: 4\n    alpha: 8\n    r: 8\n",
+        "run.yaml, line 5: the key 'r' stands here for the second time (first in line 3)",
+    ),
+    "group without keys": (
+        "model:\n  lora:\n",
+        "run.yaml: nothing stands under 'model.lora'; write one of its keys there, or remove it.",
+    ),
+    "null": (
+        "model: {lora: {alpha: null}}",
+        "run.yaml: model.lora.alpha: null is no value for it (its default is 16.0);",
+    ),
+    "no number": (
+        "model: {lora: {alpha: .nan}}",
+        "model.lora.alpha: must be a finite number, got nan.",
+    ),
+    "missing part": ("trainer: cpu.yaml", "run.yaml: trainer: no file 'cpu.yaml'"),
+    "number for a format": (
+        "data: {val_sources: [{path: ROWS, format: 3}]}",
+        "data.val_sources (ROWS): format must be text, got 3.",
+    ),
+    "list for a format": (
+        "data: {sources: [{path: ROWS, format: [alpaca]}]}",
+        "data.sources (ROWS): format must be text, got ['alpaca'].",
+    ),
+    "truth for a limit": (
+        "data: {sources: [{path: ROWS, limit: true}]}",
+        "data.sources (ROWS): limit must be a whole number, got True.",
+    ),
+    "split of a file": (
+        "data: {sources: [{path: ROWS, split: validation}]}",
+        "data.sources: split 'validation' is for datasets of the Hub, 'ROWS' is a file and has",
     ),
 }
 
@@ -255,7 +345,7 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
         [{"q": "a", "a": "b"}],
         "rows.jsonl, row 1: no format fits the columns 'q', 'a';",
     ),
-    "no rows": ([], "data.sources: nothing to train on, there are no rows."),
+    "no rows": ([], "rows.jsonl: it holds no rows; leave it out, or fill it."),
 }
 
 
@@ -363,11 +453,13 @@ def test_print_config_gives_a_file_that_runs(
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-def test_the_commands_that_do_not_train_write_their_metrics(
-    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path
+def test_the_commands_that_do_not_train_say_and_write_their_metrics(
+    type_in: Any, tmp_path: Path
 ) -> None:
+    """The counts are those of the files: 22 rows, 3 of them set apart for validation."""
     common = (
         *("--model.model_name_or_path", "BASE", "--data.sources", "ROWS", "--run.name", "tiny"),
+        *("--model.lora.r", "4"),
         *("--data.template", "guanaco", "--data.val_size", "3", "--trainer.accelerator", "cpu"),
         *("--data.test_sources", "ROWS", "--model.decoding.max_new_tokens", "3"),
     )
@@ -377,6 +469,13 @@ def test_the_commands_that_do_not_train_write_their_metrics(
         assert code == 0, printed
         metrics = json.loads((tmp_path / f"runs/tiny/{command}_0/metrics.json").read_text())
         assert metrics["command"] == command
+        assert metrics["rows"] == {"validate": 3, "test": 22, "predict": 3}[command]
+        assert isinstance(metrics["rows"], int)
+        assert metrics["checkpoint"].endswith("tiny/version_0/checkpoints/step-00000002.ckpt")
+        loss = metrics.get("val/loss") or metrics.get("test/loss")
+        told = type_in.told
+        figures = f"loss {loss:.4f}, perplexity {math.exp(loss):.4f}: " if loss else ""
+        assert told[-1] == f"{command}: {figures}runs/tiny/{command}_0"
     fitted = json.loads((tmp_path / "runs/tiny/version_0/metrics.json").read_text())
     validated = json.loads((tmp_path / "runs/tiny/validate_0/metrics.json").read_text())
     assert validated["val/loss"] == pytest.approx(fitted["val/loss"], rel=1e-6)
@@ -443,6 +542,12 @@ def test_an_older_checkpoint_branches_off_into_a_folder_of_its_own(
     adapters = [tmp_path / f"runs/a/version_{n}/adapter/adapter_model.safetensors" for n in (0, 1)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
     assert (tmp_path / "runs/a/version_0/metrics.csv").read_bytes() == before
+
+
+def test_a_sentence_of_a_library_ends_in_one_full_stop() -> None:
+    assert first_sentence(RuntimeError("No backend found!\nMore.")) == "No backend found."
+    assert first_sentence(RuntimeError("Wrong.")) == "Wrong."
+    assert first_sentence(KeyError()) == "KeyError."
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,13 +205,17 @@ def test_a_killed_run_ends_in_the_same_bytes_and_plain_peft_reads_them(
 def table() -> str:
     """What the tests above hold of every family, as docs/models.md prints it."""
     lines = [
-        "| family | quantised and adapted in each layer | loss and gradients | resume | plain PEFT "
-        "| remarks |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| family | quantised and adapted in each layer | linears in 4 bits, of two layers | loss and "
+        "gradients | resume | plain PEFT | generate | remarks |",
+        "| --- " * 8 + "|",
     ]
     for family in FAMILIES:
         names = ", ".join(f"`{name}`" for name in family.linears)
-        lines.append(f"| {family.name} | {names} | equal | byte for byte | equal | {family.note} |")
+        count = f"{family.num_linears} of {family.num_linears}"
+        lines.append(
+            f"| {family.name} | {names} | {count} | equal | byte for byte | equal | yes | "
+            f"{family.note} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,0 +1,147 @@
+"""The notebook is the quickstart, is kept without outputs, and runs from first cell to last.
+
+It runs in a kernel of its own, on the tiny base and for three steps.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from qlora_pl.cli import read_runs, settings
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "notebooks/quickstart.ipynb"
+STEPS = 3
+SAME_WORDS = """
+whole = tokenizer.batch_decode(new_tokens)  # a random model says special tokens too
+print([w.strip().startswith(a["answer"]) for w, a in zip(whole, after, strict=True)])
+"""
+
+pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # Jupyter's own, on its way to other loops
+
+
+def code_cells(notebook: Any) -> dict[str, Any]:
+    return {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+
+
+def printed(cell: Any) -> str:
+    return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+@pytest.fixture
+def notebook() -> Any:
+    """The notebook as it lies in the repository."""
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the notebook is executed in."""
+    return tmp_path_factory.mktemp("notebook")
+
+
+@pytest.fixture(scope="module")
+def executed(
+    workplace: Path, tiny_base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The code cells after a run with parameters of the tests."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    parameters.source = f"""from pathlib import Path
+BASE = Path({str(tiny_base)!r})
+TRAIN = VALIDATION = Path({str(rows_file)!r})
+RUNS = Path("runs")
+MAX_STEPS = {STEPS}"""
+    check = nbformat.v4.new_code_cell(SAME_WORDS)
+    check["id"] = "check"
+    notebook.cells.append(check)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        client = NotebookClient(
+            notebook, timeout=120, resources={"metadata": {"path": str(workplace)}}
+        )
+        client.execute()
+    return code_cells(notebook)
+
+
+def test_the_notebook_is_kept_without_outputs_and_counts(notebook: Any) -> None:
+    nbformat.validate(notebook)
+    for cell in code_cells(notebook).values():
+        assert not cell.outputs, f"clear the outputs of '{cell.id}'"
+        assert cell.execution_count is None, f"clear the execution count of '{cell.id}'"
+        assert not set(cell.metadata) - {"tags"}, f"'{cell.id}' keeps {set(cell.metadata)}"
+
+
+def test_the_notebook_defines_nothing_of_its_own(notebook: Any) -> None:
+    for cell in code_cells(notebook).values():
+        assert not re.search(r"^\s*(def|class) |lambda", cell.source, re.MULTILINE), cell.id
+
+
+def test_the_module_and_the_data_are_those_of_the_quickstart_experiment(
+    notebook: Any, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only ``decoding`` differs, which in the experiment belongs to its samples."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("qlora_pl.cli.locate_base", lambda *_: tiny_base)
+    (run,) = read_runs([["--config", "experiments/quickstart.yaml"]])
+    cells = code_cells(notebook)
+    scope: dict[str, Any] = {}
+    exec(cells["parameters"].source.replace('Path("..")', 'Path("")'), scope)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # put back afterwards; the cell sets it
+    exec("import logging\n" + cells["build"].source, scope)
+    module, data = scope["module"], scope["data"]
+    model = settings(run.model)
+    for name, value in model.items():
+        match name:
+            case "quantization" | "lora":
+                assert asdict(getattr(module, name)) == settings(value), name
+            case "optimizer" | "schedule":
+                assert asdict(getattr(module, f"{name}_config")) == settings(value), name
+            case "decoding":
+                assert module.decoding.max_new_tokens == run.samples.decoding.max_new_tokens
+            case _:
+                assert getattr(module, name) == value, name
+    for name, value in settings(run.data).items():
+        match name:
+            case "sources" | "val_sources" | "test_sources":
+                assert getattr(data, name).plain() == value.plain(), name
+            case "template":
+                assert data.template_name == value
+            case "tokenizer":
+                assert data.tokenizer_name is None  # the model's
+            case "eval_batch_size":
+                assert data.eval_batch_size == data.batch_size
+            case _:
+                assert getattr(data, name) == value, name
+
+
+def test_every_cell_runs_and_the_curve_is_drawn(executed: dict[str, Any]) -> None:
+    assert all(cell.execution_count for cell in executed.values())
+    assert any("image/png" in output.get("data", {}) for output in executed["curve"].outputs)
+
+
+def test_the_run_lies_where_the_notebook_says(executed: dict[str, Any], workplace: Path) -> None:
+    named = [line for line in printed(executed["files"]).splitlines() if line.startswith("runs/")]
+    assert "runs/notebook/version_0/adapter" in named
+    assert f"runs/notebook/version_0/adapters/step-{STEPS:08d}" in named
+    assert all((workplace / name).exists() for name in named)
+
+
+def test_plain_peft_gives_the_very_answers(executed: dict[str, Any]) -> None:
+    """Greedy words of equal weights in equal arithmetic, on one machine: no tolerance."""
+    assert "of 8 answers are the same" in printed(executed["peft-answers"])
+    assert printed(executed["check"]).strip() == str([True] * 8)
+
+
+def test_a_link_of_the_notebook_leads_to_a_file(notebook: Any) -> None:
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (NOTEBOOK.parent / target).exists(), target
