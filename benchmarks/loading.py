@@ -1,9 +1,9 @@
 """What loading a base costs: seconds, and anonymous memory above what the imports hold.
 
-    python benchmarks/loading.py --weights 1.0e9 [--folder FOLDER] [--kinds nf4 cached int8 bfloat16]
+    python benchmarks/loading.py --weights 1.0e9 [--folder FOLDER] [--kinds nf4 cached int8]
 
-Makes a synthetic LLaMA checkpoint of about so many weights, sharded, and loads it in a process of its
-own for each kind. Peak RSS would count mapped files; this reads RssAnon ten times a second.
+Makes a synthetic LLaMA checkpoint of about so many weights, sharded, and loads it in a process of
+its own for each kind. Peak RSS would count mapped files; this reads RssAnon ten times a second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What loading costs in memory and arithmetic, over a synthetic checkpoint; see benchmarks/loading.py."""
+"""What loading costs over a synthetic checkpoint, as benchmarks/loading.py measures it."""
 
 from __future__ import annotations
 

@@ -205,8 +205,8 @@ def test_a_killed_run_ends_in_the_same_bytes_and_plain_peft_reads_them(
 def table() -> str:
     """What the tests above hold of every family, as docs/models.md prints it."""
     lines = [
-        "| family | quantised and adapted in each layer | linears in 4 bits, of two layers | loss and "
-        "gradients | resume | plain PEFT | generate | remarks |",
+        "| family | quantised and adapted in each layer | linears in 4 bits, of two layers | loss "
+        "and gradients | resume | plain PEFT | generate | remarks |",
         "| --- " * 8 + "|",
     ]
     for family in FAMILIES:

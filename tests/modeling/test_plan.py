@@ -489,6 +489,27 @@ def test_a_weight_read_outside_its_layer_is_one_sentence(tmp_path: Path) -> None
     assert len(caught.value.problems) == 1
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_a_family_that_rewrites_its_weights_is_one_sentence(
+    quant_type: str, tmp_path: Path
+) -> None:
+    """RWKV halves matrices in evaluation and doubles them in training: also where they are codes.
+
+    Left as they are in 16 bits, halving and doubling are exact.
+    """
+    family = Family("RWKV", "rwkv", UNLISTED["rwkv"] | {"rescale_every": 1}, (), 0)
+    folder = family.save(tmp_path / "base")
+    with pytest.raises(ConfigurationError) as caught:
+        load(folder, quant_type=quant_type)
+    (sentence,) = caught.value.problems
+    assert "'rwkv.blocks.0.attention.output.weight' is changed by" in sentence
+    assert "list 'output' in model.quantization.skip_modules" in sentence
+    with pytest.raises(ConfigurationError, match=r"list 'value' in model.quant"):
+        load(folder, quant_type=quant_type, skip_modules=("output",))
+    loaded = load(folder, quant_type=quant_type, skip_modules=("output", "value"))
+    assert len(loaded.plan.quantized) == 8
+
+
 def test_a_family_that_cannot_recompute_activations_is_one_sentence(tmp_path: Path) -> None:
     settings = COMMON | {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
     folder = Family("GPT", "openai-gpt", settings, (), 0).save(tmp_path / "base")

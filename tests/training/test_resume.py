@@ -29,6 +29,9 @@ pytestmark = [
 ]
 
 
+COSINE = ScheduleConfig(name="cosine_with_floor", warmup_steps=2)
+
+
 class Killed(Exception):
     """Stands for a kill, within one process."""
 
@@ -59,32 +62,30 @@ def run(
         str(base),
         lora=LoRAConfig(r=4, dropout=0.2, **changes.pop("lora", {})),
         optimizer=OptimizerConfig(lr=1.0e-2, **changes.pop("optimizer", {})),
-        schedule=ScheduleConfig(name="cosine_with_floor", warmup_steps=2),
+        schedule=changes.pop("schedule", COSINE),
         gradient_checkpointing=False,
     )
     data = InstructionDataModule(
         rows, template="guanaco", val_size=2, batch_size=changes.pop("batch_size", 2)
     )
-    trainer = Trainer(
-        default_root_dir=folder,
-        max_epochs=changes.pop("max_epochs", 2),
-        accumulate_grad_batches=accumulation,
-        gradient_clip_val=0.3,
-        val_check_interval=5,
-        num_sanity_val_steps=-1,
-        log_every_n_steps=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        devices=1,
-        use_distributed_sampler=False,
-        callbacks=[
-            RunMetrics(),
-            AdapterCheckpoint(every_n_steps=1, keep_last=3, keep_best=1),
-            KillAt(kill_at),
-        ],
-    )
+    checkpointing = {"every_n_steps": 1, "keep_last": 3} | changes.pop("checkpoint", {})
+    callbacks = [RunMetrics(), AdapterCheckpoint(**checkpointing), KillAt(kill_at)]
+    settings: dict[str, Any] = {
+        "max_epochs": 2,
+        "accumulate_grad_batches": accumulation,
+        "gradient_clip_val": 0.3,
+        "val_check_interval": 5,
+        "num_sanity_val_steps": -1,
+        "log_every_n_steps": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "devices": 1,
+        "use_distributed_sampler": False,
+        "callbacks": callbacks + changes.pop("callbacks", []),
+    }
+    trainer = Trainer(default_root_dir=folder, **settings | changes)
     checkpoint = newest_verified(folder) if resume else None
     assert not resume or checkpoint is not None
     trainer.fit(module, data, ckpt_path=checkpoint)
@@ -180,6 +181,8 @@ def test_a_checkpoint_loads_with_weights_only_and_holds_nothing_of_the_base(
         ({"lora": {"alpha": 8.0}}, "model.lora.alpha=16.0, this run has 8.0"),
         ({"optimizer": {"weight_decay": 0.1}}, "model.optimizer.weight_decay=0.0"),
         ({"batch_size": 4}, "rows of an optimizer step: it had 2, this run has 4"),
+        ({"gradient_clip_val": 1.0}, "trainer.gradient_clip_val=0.3, this run has 1.0"),
+        ({"gradient_clip_algorithm": "value"}, "trainer.gradient_clip_algorithm=norm"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_name(
@@ -215,6 +218,22 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert newest_verified(tmp_path) == before
     run(tmp_path, tiny_base, rows_file, resume=True)
     assert adapter_bytes(tmp_path) == adapter_bytes(uninterrupted(1))
+
+
+def test_a_longer_schedule_is_taken_up_at_its_own_rate(
+    tmp_path: Path, tiny_base: Path, rows_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Step k of N trains at 1 - (k - 1)/N of the peak (linear, no warm-up), whatever N was."""
+    linear = {"schedule": ScheduleConfig(name="linear"), "max_epochs": None}
+    run(tmp_path, tiny_base, rows_file, max_steps=4, **linear)
+    run(tmp_path, tiny_base, rows_file, resume=True, max_steps=8, **linear)
+    rates = {row[0]: float(row[3]) for row in history(tmp_path) if row[3]}
+    assert rates["4"] == pytest.approx(1.0e-2 * 1 / 4)
+    for step in range(5, 9):
+        assert rates[str(step)] == pytest.approx(1.0e-2 * (1 - (step - 1) / 8))
+    told = [record.message for record in caplog.records if "schedule's length" in record.message]
+    assert len(told) == 1
+    assert "step 5 trains at a learning rate of 0.005 instead of 0." in told[0]
 
 
 def test_metrics_json_says_what_the_run_came_to(uninterrupted: Any) -> None:
