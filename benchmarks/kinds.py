@@ -2,8 +2,8 @@
 
     python benchmarks/kinds.py --base .cache/quickstart/SmolLM2-135M-Instruct [--steps 4]
 
-Loads the quickstart's base in each kind, scores the quickstart's validation rows before any training,
-and times training steps of 8 rows. Kinds take turns within one process, so that ratios mean something.
+Loads the quickstart's base in each kind, scores the quickstart's validation rows before any
+training, and times training steps of 8 rows. All in one process, so that ratios mean something.
 """
 
 from __future__ import annotations

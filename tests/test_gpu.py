@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_base
+from families import BY_NAME, FAMILIES, Family
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 
@@ -28,6 +30,7 @@ def fit(folder: Path, base: Path, rows: Path, steps: int, **options: Any) -> Any
         LoRAConfig,
         OptimizerConfig,
         QLoRAModule,
+        QuantizationConfig,
         RunMetrics,
     )
     from qlora_pl.training.run_folder import newest_verified
@@ -37,6 +40,7 @@ def fit(folder: Path, base: Path, rows: Path, steps: int, **options: Any) -> Any
         str(base),
         lora=LoRAConfig(r=options.pop("r", 8), dropout=0.1),
         optimizer=OptimizerConfig(name=options.pop("optimizer", "paged_adamw_32bit"), lr=1e-2),
+        quantization=QuantizationConfig(**options.pop("quantization", {})),
         gradient_checkpointing=False,
     )
     data = InstructionDataModule(rows, template="guanaco", val_size=2, batch_size=2)
@@ -77,11 +81,10 @@ def test_a_resumed_run_is_byte_equal_when_deterministic(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_paged_state_lies_in_managed_memory(
-    tmp_path: Path, tiny_base: Path, rows_file: Path
-) -> None:
-    """Paged are tensors of at least 1e5 elements: B of a 128-wide layer at rank 1,024."""
-    trainer = fit(tmp_path, tiny_base, rows_file, steps=1, r=1024)
+def test_paged_state_lies_in_managed_memory(tmp_path: Path, rows_file: Path) -> None:
+    """Paged are tensors of at least 1e5 elements: A of a 1,024-wide layer at rank 128 has more."""
+    base = save_base(tmp_path / "base", hidden_size=1024, num_key_value_heads=4)
+    trainer = fit(tmp_path / "run", base, rows_file, steps=1, r=128)
     optimizer = trainer.optimizers[0]
     states = [s["state1"] for s in getattr(optimizer, "optimizer", optimizer).state.values()]
     assert any(getattr(state, "is_paged", False) for state in states)
@@ -114,3 +117,40 @@ def test_every_kind_of_optimizer_steps(
 ) -> None:
     fit(tmp_path, tiny_base, rows_file, steps=2, optimizer=name)
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_familys_loss_and_gradients_are_its_float32_twins(family: Family, tmp_path: Path) -> None:
+    """1e-3 of the largest gradient: float32 products on a GPU, TF32 off."""
+    sys.path.insert(0, str(Path(__file__).parent / "modeling"))
+    from test_families import LORA, give_random_b, load, loss_and_gradients, twin_of
+
+    from qlora_pl.modeling.adapters import attach_adapters
+    from qlora_pl.modeling.loading import prepare_for_training
+    from qlora_pl.modeling.parameters import trainable_tensors
+
+    folder = BY_NAME[family.name].save(tmp_path / "base")
+    device = torch.device("cuda", 0)
+    loaded = load(folder, device=device)
+    model = attach_adapters(loaded.model, LORA, seed=0)
+    prepare_for_training(model, gradient_checkpointing=True)
+    give_random_b(model)
+    twin = attach_adapters(twin_of(loaded, folder).to(device), LORA, seed=0)
+    twin.load_state_dict({n: p.data for n, p in trainable_tensors(model).items()}, strict=False)
+    expected, reference = loss_and_gradients(twin.to(device))
+    loss, gradients = loss_and_gradients(model)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    for name, gradient in gradients.items():
+        largest = reference[name].abs().max()
+        assert (gradient - reference[name]).abs().max() <= 1e-3 * largest, name
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8", "fp4", "none"])
+def test_every_kind_of_base_trains_and_resumes(
+    kind: str, tmp_path: Path, tiny_base: Path, rows_file: Path
+) -> None:
+    quantization = {"compute_dtype": kind} if kind == "float16" else {"quant_type": kind}
+    fit(tmp_path, tiny_base, rows_file, steps=2, quantization=quantization)
+    trainer = fit(tmp_path, tiny_base, rows_file, steps=4, quantization=quantization)
+    assert trainer.global_step == 4
+    assert (trainer.precision_plugin.precision == "16-mixed") is (kind == "float16")

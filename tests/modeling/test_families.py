@@ -55,14 +55,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saver:
     return get
 
 
-def load(folder: Path, **settings: Any) -> LoadedBase:
+def load(folder: Path, device: torch.device = CPU, **settings: Any) -> LoadedBase:
     config = QuantizationConfig(**{"cache": False, "compute_dtype": "float32"} | settings)
     plan = plan_quantization(build_skeleton(folder), config)
-    return load_base(identify_base(str(folder), None, None), config, plan, device=CPU)
+    return load_base(identify_base(str(folder), None, None), config, plan, device=device)
 
 
-def make_batch() -> dict[str, Tensor]:
-    ids = torch.arange(5, 37).reshape(2, 16)
+def make_batch(device: torch.device = CPU) -> dict[str, Tensor]:
+    ids = torch.arange(5, 37, device=device).reshape(2, 16)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
@@ -85,12 +85,14 @@ def give_random_b(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in trainable_tensors(model).items():
         if "lora_B" in name:
-            parameter.data.normal_(std=0.1, generator=generator)
+            values = torch.empty(parameter.shape).normal_(std=0.1, generator=generator)
+            parameter.data.copy_(values)
 
 
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = causal_lm_loss(model, make_batch()).total
+    device = next(model.parameters()).device
+    loss = causal_lm_loss(model, make_batch(device)).total
     loss.backward()
     return loss.detach(), {
         name: p.grad.clone() for name, p in trainable_tensors(model).items() if p.grad is not None
