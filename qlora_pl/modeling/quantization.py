@@ -113,6 +113,26 @@ def resolve_compute_dtype(name: ComputeDtype, device: torch.device) -> torch.dty
     return torch.float32
 
 
+def compute_advice(name: ComputeDtype, device: torch.device) -> str | None:
+    """A sentence on a choice that is honoured but worth a second look; None: there is none."""
+    dtype = resolve_compute_dtype(name, device)
+    key = "model.quantization.compute_dtype"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if dtype == torch.bfloat16 and not native:
+            return (
+                f"{key}: this GPU only emulates bfloat16, many times slower than float16; auto "
+                "takes float16, with a loss scaler."
+            )
+        if dtype == torch.float16 and name == "auto":
+            return f"{key}: auto is float16, with a loss scaler; this GPU has no native bfloat16."
+        if dtype == torch.float16 and native:
+            return f"{key}: this GPU has bfloat16, which needs no loss scaler and cannot overflow."
+    if device.type == "cpu" and dtype == torch.float16:
+        return f"{key}: float16 on a CPU is slow, and fit for trying things out alone."
+    return None
+
+
 def bits_per_weight(config: QuantizationConfig) -> float:
     """Return the bits of a quantised weight with its share of the scales: 4.127 or 4.5, or 8.
 

@@ -15,6 +15,7 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.quantization import (
     QuantizationConfig,
     bits_per_weight,
+    compute_advice,
     packed_bytes,
     resolve_compute_dtype,
 )
@@ -340,6 +341,32 @@ def test_auto_on_cuda_does_not_count_emulated_bfloat16(monkeypatch, native, expe
         lambda including_emulation=True: including_emulation or native,
     )
     assert resolve_compute_dtype("auto", torch.device("cuda")) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "words"),
+    [
+        ("auto", False, "auto is float16, with a loss scaler"),
+        ("bfloat16", False, "only emulates bfloat16"),
+        ("float16", True, "has bfloat16, which needs no loss scaler"),
+        ("auto", True, None),
+        ("float32", False, None),
+    ],
+)
+def test_a_choice_on_cuda_is_honoured_with_advice(monkeypatch, name, native, words):
+    """Source: the rule in QuantizationConfig.compute_dtype."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    advice = compute_advice(name, torch.device("cuda"))
+    assert advice is None if words is None else words in advice
+
+
+def test_float16_on_a_cpu_is_labelled():
+    assert "slow" in compute_advice("float16", torch.device("cpu"))
+    assert compute_advice("auto", torch.device("cpu")) is None
 
 
 def test_auto_on_another_device_is_float32():
