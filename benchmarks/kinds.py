@@ -21,6 +21,7 @@ from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.identity import identify_base
 from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
 from qlora_pl.modeling.loss import causal_lm_loss
+from qlora_pl.modeling.parameters import int8_scales
 from qlora_pl.modeling.plan import build_skeleton
 from qlora_pl.modeling.prequantized import make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
@@ -56,7 +57,8 @@ def weight_error(base: LoadedBase, reference: LoadedBase) -> float:
         if hasattr(weight, "quant_state"):
             values = functional.dequantize_4bit(weight.data, weight.quant_state).float()
         else:
-            values = weight.data.float() * weight.SCB.view(-1, 1) / 127
+            scales: Any = int8_scales(base.model.get_submodule(name.rpartition(".")[0]))
+            values = weight.data.float() * scales.view(-1, 1) / 127
         difference += float((values - exact).square().sum())
         total += float(exact.square().sum())
     return float((difference / total) ** 0.5) if total else 0.0
@@ -88,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default=".cache/quickstart/SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--kinds", nargs="*", help=f"some of {', '.join(KINDS)}; all")
     arguments = parser.parse_args()
     data = InstructionDataModule(
         str(ROWS / "train.jsonl"),
@@ -103,6 +106,8 @@ def main() -> None:
     print("| kind | weight error | validation loss | seconds a step |")
     print("| --- | --- | --- | --- |")
     for name, settings in KINDS.items():
+        if arguments.kinds and name not in arguments.kinds:
+            continue
         base = load(arguments.base, settings)
         error = weight_error(base, reference)
         model = attach_adapters(base.model, LoRAConfig(r=16), seed=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 
@@ -57,6 +58,9 @@ def main() -> int:
     except QLoRAError as error:
         fail(str(error))
         return error.exit_code
+    except KeyboardInterrupt:  # outside of Lightning's loops, so nothing was being trained
+        fail("Stopped.")
+        return 128 + signal.SIGINT
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

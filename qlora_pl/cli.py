@@ -6,8 +6,8 @@ misspelt keys of all files and flags, then all impossible values.
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +18,10 @@ from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.sources import RowSources
-from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError
+from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.full_training import refuse_packed_weights
@@ -30,20 +29,30 @@ from qlora_pl.modeling.identity import is_hub_name, locate_base, refuse_unpinned
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.parsing import explain_parser_error, unknown_keys
+from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
+from qlora_pl.training.progress import default_bars
 from qlora_pl.training.run_folder import (
     FOLDER_VARIABLE,
     Resolved,
     RunConfig,
     completed_run,
+    forget_if_nothing_happened,
+    is_first_process,
     resolve_run,
     step_of,
 )
-from qlora_pl.training.run_record import RunRecord
+from qlora_pl.training.run_lock import RunLock
+from qlora_pl.training.run_record import RunRecord, run_logger
 from qlora_pl.training.samples import SampleWriter
+from qlora_pl.training.stopping import (
+    ending_on_sigterm,
+    has_reached_its_end,
+    stopped_by_signal,
+)
+from qlora_pl.training.trainer_settings import check_seed, check_trainer
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(
@@ -52,6 +61,8 @@ register_type(
     deserializer=lambda value: RowSources.parse(value, allow_rows=False),
     deserializer_exceptions=(ValueError, TypeError, AttributeError, ConfigurationError),
 )
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 3
 TRAINER_DEFAULTS = {
@@ -70,7 +81,7 @@ class QLoRAParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing seventy lines of usage."""
-        raise ConfigurationError(explain_parser_error(message)) from ex
+        raise ConfigurationError(explain_parser_error(message).splitlines()) from ex
 
 
 class QLoRACLI(LightningCLI):
@@ -80,22 +91,31 @@ class QLoRACLI(LightningCLI):
         args: Words of the command line; None: those of this process.
     """
 
-    resolved: Resolved
-
     def __init__(self, args: list[str] | None = None) -> None:
         self._command = (sys.argv[1:] if args is None else args)[0]
-        super().__init__(
-            QLoRAModule,
-            InstructionDataModule,
-            args=args,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,  # the optimizer is built after the model is loaded
-            save_config_callback=RunRecord,
-            trainer_defaults=TRAINER_DEFAULTS,
-            parser_class=QLoRAParser,
-            parser_kwargs={"prog": "qlora-pl"},
-            load_from_checkpoint_support=False,
-        )
+        self.resolved: Resolved | None = None
+        self._lock: RunLock | None = None
+        self._is_first = is_first_process()  # Lightning changes what this looks at
+        try:
+            super().__init__(
+                QLoRAModule,
+                InstructionDataModule,
+                args=args,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,  # the optimizer is built after the model is loaded
+                save_config_callback=RunRecord,
+                trainer_defaults=TRAINER_DEFAULTS,
+                parser_class=QLoRAParser,
+                parser_kwargs={"prog": "qlora-pl"},
+                load_from_checkpoint_support=False,
+            )
+        except BaseException:
+            if self._is_first and self.resolved is not None:
+                forget_if_nothing_happened(self.resolved)
+            raise
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The command at hand alone: building a parser for all four would take two seconds more.
@@ -120,10 +140,22 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Report every unknown key before parsing, which would stop at the first."""
-        words = sys.argv[1:] if args is None else cast(list[str], args)
+        self.refuse_mistakes(sys.argv[1:] if args is None else cast(list[str], args))
+        super().parse_arguments(parser, args)
+
+    def refuse_mistakes(self, words: list[str]) -> None:
+        """Look at every key before its value is parsed.
+
+        Raises:
+            ConfigurationError: with every key that is unknown, or null where it cannot be.
+        """
         if problems := unknown_keys(self._subcommand_parsers[self._command], words[1:]):
             raise ConfigurationError(problems)
-        super().parse_arguments(parser, args)
+
+    def _set_seed(self) -> None:
+        """Refuse a seed that no generator takes before Lightning hands it to one."""
+        check_seed(self.config[self._command].seed_everything)
+        super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
         """Lightning merges hyper-parameters of a checkpoint over the command line; nothing does."""
@@ -149,63 +181,62 @@ class QLoRACLI(LightningCLI):
                 "--trainer.devices, and it starts the others."
             )
         resolved = resolve_run(config, command, ckpt_path)
+        if not self._is_first:
+            return resolved
+        if command == "fit":
+            self._lock = RunLock(resolved.folder)
         os.environ[FOLDER_VARIABLE] = str(resolved.folder)
+        for damaged in resolved.passed_over:
+            logger.warning("Passed over the checkpoint %s.", damaged)
+        if resolved.checkpoint is not None:
+            starts = "starting from" if command == "fit" else "using"
+            does = "resuming" if resolved.is_resumed else starts
+            step = step_of(resolved.checkpoint)
+            logger.info("%s: %s %s at step %d", command, does, resolved.checkpoint, step)
         return resolved
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes into the run's folder, whatever loggers were chosen."""
         assert self.subcommand is not None
         chosen = self.config[self.subcommand].trainer.logger
+        assert self.resolved is not None
         kwargs["default_root_dir"] = str(self.resolved.folder)
         if chosen is None or chosen is True:
-            kwargs["logger"] = self._tensorboard() if self.subcommand == "fit" else False
+            kwargs["logger"] = run_logger(self.resolved) if self.subcommand == "fit" else False
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
-            if not self.resolved.is_resumed:
-                shutil.rmtree(self.resolved.folder, ignore_errors=True)
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
-
-    def _tensorboard(self) -> TensorBoardLogger:
-        resumed = self.resolved.checkpoint if self.resolved.is_resumed else None
-        return TensorBoardLogger(
-            self.resolved.folder,
-            name="",
-            version="",
-            default_hp_metric=False,
-            # What an interrupted run logged from its checkpoint on is logged again.
-            purge_step=None if resumed is None else step_of(resumed),
-        )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         essential: list[Any] = [RunMetrics()]
         if self.subcommand == "predict":
             essential.append(PredictionWriter())
+        chosen = config["callbacks"] or []
+        chosen = chosen if isinstance(chosen, list) else [chosen]
+        essential += default_bars(chosen, config["enable_progress_bar"])
         return super()._instantiate_trainer(config, [*essential, *callbacks])
 
     def _run_subcommand(self, subcommand: str) -> None:
+        assert self.resolved is not None
         if self.resolved.checkpoint is None and subcommand != "fit":
             print(
                 "No --ckpt_path: the adapters are new, so this looks at the base model.",
                 file=sys.stderr,
             )
+        is_fit, folder = subcommand == "fit", self.resolved.folder
         try:
-            super()._run_subcommand(subcommand)
+            with ending_on_sigterm(self.trainer):
+                super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
-            self._forget_if_nothing_happened()
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
-        except QLoRAError:
-            self._forget_if_nothing_happened()
-            raise
+        except SystemExit as end:
+            stopped = stopped_by_signal(end, folder, is_fit) if self._is_first else None
+            if stopped is None:
+                raise
+            raise stopped from end
         if self.trainer.is_global_zero:
-            print(f"{subcommand}: {self.resolved.folder}")
-
-    def _forget_if_nothing_happened(self) -> None:
-        """Remove the folder of a run that failed before it wrote a number."""
-        folder = self.resolved.folder
-        is_started = any((folder / name).exists() for name in ("metrics.csv", "checkpoints"))
-        if self.trainer.is_global_zero and not self.resolved.is_resumed and not is_started:
-            shutil.rmtree(folder, ignore_errors=True)
+            print(result_line(self.trainer, subcommand, folder))
 
 
 class RunReader(QLoRACLI):
@@ -227,6 +258,8 @@ def read_runs(argument_lists: list[list[str]]) -> list[Namespace]:
     """
     first, *rest = [["fit", *arguments] for arguments in argument_lists]
     reader = RunReader(first)  # building the parser takes seconds, a further parse a tenth
+    for arguments in rest:
+        reader.refuse_mistakes(arguments)
     configs = [reader.config, *(reader.parser.parse_args(arguments) for arguments in rest)]
     runs = [complete(config.fit) for config in configs]
     if problems := [problem for run in runs for problem in check_run(run)]:
@@ -237,7 +270,22 @@ def read_runs(argument_lists: list[list[str]]) -> list[Namespace]:
 def first_sentence(error: BaseException) -> str:
     """The first line of a library's message, as one sentence."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."
+    return lines[0].rstrip(".!") + "." if lines else f"{type(error).__name__}."
+
+
+def result_line(trainer: Trainer, command: str, folder: Path) -> str:
+    """What a command came to, and where it lies."""
+    if command == "fit" and not has_reached_its_end(trainer):
+        return (
+            f"fit: stopped by trainer.max_time at step {trainer.global_step}, continue with "
+            f"--ckpt_path last: {folder}"
+        )
+    evaluation = getattr(trainer.lightning_module, "last_evaluation", {})
+    figures = ", ".join(
+        f"{name.rpartition('/')[2]} {value:.4f}" for name, value in evaluation.items()
+    )
+    is_scored = command in ("validate", "test") and figures
+    return f"{command}: {figures}: {folder}" if is_scored else f"{command}: {folder}"
 
 
 def complete(run: Namespace) -> Namespace:
@@ -256,6 +304,8 @@ def complete(run: Namespace) -> Namespace:
 
 def check_run(run: Namespace) -> list[str]:
     """Every problem of a parsed run that can be found without reading rows or weights."""
+    if problems := list(not_finite(run.as_dict())):
+        return problems
     model, samples = settings(run.model), settings(run.samples)
     groups: list[Callable[[], Any]] = [
         lambda: QuantizationConfig(**settings(model["quantization"])),
@@ -277,15 +327,14 @@ def check_run(run: Namespace) -> list[str]:
             **samples | {"decoding": DecodingConfig(**settings(samples["decoding"]))}
         ),
         lambda: RunConfig(**settings(run.run)),
-        lambda: _check_trainer(run.trainer),
+        lambda: check_trainer(run.trainer),
     ]
-    problems: list[str] = []
     for group in groups:
         try:
             group()
         except ConfigurationError as error:
             problems += error.problems
-    return problems
+    return list(dict.fromkeys(problems))  # two groups may stand on the same value
 
 
 def settings(group: Namespace) -> dict[str, Any]:
@@ -296,30 +345,3 @@ def settings(group: Namespace) -> dict[str, Any]:
 def _check_base(name: str) -> None:
     if not is_hub_name(name):
         locate_base(name, None, None)
-
-
-def _check_trainer(trainer: Namespace) -> None:
-    problems = []
-    if trainer.precision not in (None, "32", 32, "32-true"):
-        problems.append(
-            f"trainer.precision: '{trainer.precision}' would change types after loading; leave it "
-            "at 32-true and set model.quantization.compute_dtype."
-        )
-    if trainer.default_root_dir is not None:
-        problems.append(
-            "trainer.default_root_dir: a run's folder is run.root/run.name/version_N; set run.root."
-        )
-    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
-        problems.append(
-            f"trainer.gradient_clip_val: must be 0 or more, got {trainer.gradient_clip_val}."
-        )
-    for name in ("accumulate_grad_batches", "log_every_n_steps"):
-        value = getattr(trainer, name)
-        if value is not None and value < 1:
-            problems.append(f"trainer.{name}: must be at least 1, got {value}.")
-    for name in ("max_steps", "max_epochs"):
-        value = getattr(trainer, name)
-        if (value is not None and value < -1) or value == 0:
-            problems.append(f"trainer.{name}: must be at least 1, or -1 for no limit, got {value}.")
-    if problems:
-        raise ConfigurationError(problems)

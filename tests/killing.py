@@ -10,11 +10,12 @@ from lightning.pytorch import Callback, Trainer
 
 
 class KillAt(Callback):
-    """Sends SIGKILL at the start of a micro-batch, counted over the whole run."""
+    """Sends a signal at the start of a micro-batch, counted over the whole run."""
 
-    def __init__(self, micro_batch: int) -> None:
+    def __init__(self, micro_batch: int, number: int = signal.SIGKILL) -> None:
         self.micro_batch = micro_batch
+        self.number = number
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.fit_loop.epoch_loop.total_batch_idx == self.micro_batch:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)

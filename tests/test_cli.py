@@ -15,6 +15,7 @@ import yaml
 
 from qlora_pl.__main__ import main
 from qlora_pl.cli import first_sentence
+from qlora_pl.training.run_lock import RunLock
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*"),  # in-process runs of a whole command
@@ -472,10 +473,13 @@ def test_the_commands_that_do_not_train_say_and_write_their_metrics(
         assert metrics["rows"] == {"validate": 3, "test": 22, "predict": 3}[command]
         assert isinstance(metrics["rows"], int)
         assert metrics["checkpoint"].endswith("tiny/version_0/checkpoints/step-00000002.ckpt")
-        loss = metrics.get("val/loss") or metrics.get("test/loss")
-        told = type_in.told
-        figures = f"loss {loss:.4f}, perplexity {math.exp(loss):.4f}: " if loss else ""
-        assert told[-1] == f"{command}: {figures}runs/tiny/{command}_0"
+        figures = ""
+        if command != "predict":
+            split = {"validate": "val", "test": "test"}[command]
+            loss, perplexity = metrics[f"{split}/loss"], metrics[f"{split}/perplexity"]
+            assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)  # it is in float32
+            figures = f"loss {loss:.4f}, perplexity {perplexity:.4f}: "
+        assert type_in.told[-1] == f"{command}: {figures}runs/tiny/{command}_0"
     fitted = json.loads((tmp_path / "runs/tiny/version_0/metrics.json").read_text())
     validated = json.loads((tmp_path / "runs/tiny/validate_0/metrics.json").read_text())
     assert validated["val/loss"] == pytest.approx(fitted["val/loss"], rel=1e-6)
@@ -528,6 +532,59 @@ def test_auto_resumes_what_is_unfinished_and_else_starts_anew(
         "version_1",
     ]
     assert (tmp_path / "runs/a/version_1/checkpoints/step-00000003.ckpt").is_file()
+
+
+def test_a_run_that_is_being_written_is_not_resumed(
+    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    words = (*FIT, "--data.template", "guanaco", "--trainer.accelerator", "cpu", "--run.name", "a")
+    assert type_in(*words, "--trainer.max_steps", "2")[0] == 0
+    run = tmp_path / "runs/a/version_0"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    lock = RunLock(run)
+    code, printed = type_in(*words, "--trainer.max_steps", "3", "--ckpt_path", "last")
+    lock.release()
+    assert code == 2
+    assert len(printed) == 1
+    assert printed[0].startswith("qlora-pl: 'runs/a/version_0' is being written by process ")
+    del before[run / ".lock"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_resume_says_what_it_continues_and_what_it_passed_over(
+    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = (*FIT, "--data.template", "guanaco", "--trainer.accelerator", "cpu", "--run.name", "a")
+    steps = ("--trainer.max_steps", "3", "--checkpoint.every_n_steps", "1")
+    assert type_in(*words, *steps)[0] == 0
+    newest = tmp_path / "runs/a/version_0/checkpoints/step-00000003.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    (tmp_path / "runs/a/version_0/metrics.json").unlink()  # as a kill would have left it
+    caplog.clear()
+    assert type_in(*words, *steps, "--ckpt_path", "last")[0] == 0
+    told = [record.message for record in caplog.records if record.name == "qlora_pl.cli"]
+    folder = "runs/a/version_0/checkpoints"
+    assert told == [
+        f"Passed over the checkpoint '{folder}/step-00000003.ckpt' (its SHA-256 is not what "
+        "step-00000003.ckpt.sha256 says).",
+        f"fit: resuming {folder}/step-00000002.ckpt at step 2",
+    ]
+
+
+def test_a_start_that_fails_anyhow_leaves_no_folder(
+    type_in: Callable[..., tuple[int, list[str]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error that nobody foresaw keeps its traceback, and takes the empty folder with it."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("qlora_pl.modeling.module.load_base", fail)
+    with pytest.raises(ZeroDivisionError):
+        type_in(*FIT, "--data.template", "guanaco")
+    assert not list(tmp_path.glob("runs/*/*"))
 
 
 def test_an_older_checkpoint_branches_off_into_a_folder_of_its_own(

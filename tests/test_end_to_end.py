@@ -64,10 +64,17 @@ def qlora_pl(workplace: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def fit(workplace: Path, name: str, kill_at: int | None = None, *words: str) -> Any:
+def fit(
+    workplace: Path,
+    name: str,
+    kill_at: int | None = None,
+    *words: str,
+    number: int = signal.SIGKILL,
+) -> Any:
     words = ("fit", "--config", "tiny.yaml", "--run.name", name, *words)
     if kill_at is not None:
-        callback = {"class_path": "killing.KillAt", "init_args": {"micro_batch": kill_at}}
+        settings = {"micro_batch": kill_at, "number": int(number)}
+        callback = {"class_path": "killing.KillAt", "init_args": settings}
         words += ("--trainer.callbacks+", json.dumps(callback))
     return qlora_pl(workplace, *words)
 
@@ -114,6 +121,9 @@ def test_a_run_killed_four_times_ends_as_the_uninterrupted_one(workplace: Path) 
         assert events(one, tag) == events(other, tag)
     kept = [(run / "checkpoints/kept.json").read_text() for run in (one, other)]
     assert kept[0] == kept[1]
+    assert not list(other.rglob("hparams.yaml")), "an empty file beside run.yaml"
+    assert "resuming " in resumed.stderr
+    assert "version_0/checkpoints/step-00000003.ckpt at step 3" in resumed.stderr
     assert len(list(other.glob("run-resumed-*.yaml"))) == 4
 
     # Resuming what is complete says so and writes nothing.
@@ -122,3 +132,25 @@ def test_a_run_killed_four_times_ends_as_the_uninterrupted_one(workplace: Path) 
     assert again.returncode == 0
     assert "complete" in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop_says_where_it_can_be_continued(
+    workplace: Path, number: int, exit_code: int
+) -> None:
+    """The shell's codes: 128 and the signal's number. Micro-batch 6 lies in the second step."""
+    name = f"stopped-{exit_code}"
+    stopped = fit(workplace, name, 6, number=number)
+    assert stopped.returncode == exit_code, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    last = stopped.stderr.strip().splitlines()[-1]
+    assert last == "qlora-pl: Stopped at step 1; continue with --ckpt_path last."
+    assert not (workplace / "runs" / name / "version_0/metrics.json").exists()
+
+
+def test_a_run_that_is_told_to_stop_before_its_first_step_leaves_nothing(workplace: Path) -> None:
+    stopped = fit(workplace, "early", 0, number=signal.SIGTERM)
+    assert stopped.returncode == 143, stopped.stderr
+    last = stopped.stderr.strip().splitlines()[-1]
+    assert last == "qlora-pl: Stopped before the first checkpoint."
+    assert not list((workplace / "runs/early").iterdir())

@@ -59,6 +59,8 @@ MAY_USE: dict[str, set[str]] = {
     "modeling": {"torch", "transformers", "numpy", "tqdm", "huggingface_hub", "safetensors"},
     "modeling.adapters": {"torch", "peft"},
     "modeling.adapter_start": {"torch", "peft", "safetensors", "huggingface_hub"},
+    "modeling.dora": {"torch", "peft"},
+    "modeling.eva": {"torch", "peft"},
     "modeling.parameters": {"torch", "peft"},
     "modeling.replacement": {"torch", "transformers", "bitsandbytes"},
     "modeling.mixed_precision": {"torch", "lightning"},

@@ -52,7 +52,7 @@ class InstructionDataModule(LightningDataModule):
             ``instruction-response``, ``chat`` (the tokenizer's own), or ``auto`` (``chat`` where
             the tokenizer has one, else ``instruction-response``).
         tokenizer: Hub name or folder; None: the model's.
-        max_length: Tokens of a row, prompt and answer together.
+        max_length: Tokens that a row may have, prompt, answers and special tokens together.
         overlong: What happens to a longer row: ``cut`` on the right, ``drop``, or ``error``.
         max_lost_ratio: Share of the trained tokens that cutting and dropping may take away before
             the run refuses to start, 0 to 1.

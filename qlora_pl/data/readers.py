@@ -42,10 +42,13 @@ def read_rows(
         return
     for source in sources.sources:
         columns: set[str] = set()
+        number = 0
         for number, row in itertools.islice(_numbered_rows(source), source.limit):
             place = Place(source.path, number)
             columns.update(_mapping(row, place))
             yield place, source, _rename(row, source)
+        if number == 0:
+            raise DatasetFormatError(f"{source.path}: it holds no rows; leave it out, or fill it.")
         for new, old in source.columns.items():
             if columns and old not in columns:
                 found = ", ".join(f"'{name}'" for name in sorted(columns))
@@ -83,6 +86,10 @@ def _numbered_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):  # blank lines count, as in an editor
+            if number == 1 and line.lstrip()[:1] == b"[":
+                raise DatasetFormatError(
+                    f"{path}: it begins with a list; name a file that is one list of rows .json."
+                )
             if line.strip():
                 yield number, _decode(line, f"{path}, row {number}")
 

@@ -5,7 +5,7 @@ What is named is checked here without being read; ``readers`` reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,35 +31,34 @@ class SourceConfig:
     revision: str | None = None
     """The commit or tag of a Hub dataset; None: the newest."""
     format: str | None = None
-    """What the columns mean (see FORMATS); None: guessed from their names, and reported."""
+    """What the columns mean: messages, sharegpt, alpaca, prompt-response, prompt-completion,
+    question-answer, input-output, text or guanaco; None: guessed from their names, and reported."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames before reading, NEW: OLD, for example {output: response}."""
     limit: int | None = None
     """Read only the first so many rows; None: all."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.format is not None and self.format not in FORMATS:
-            problems.append(
-                f"data.sources ({self.path}): no format is called '{self.format}'"
-                f"{did_you_mean(self.format, FORMATS)}"
-            )
-        if self.limit is not None and not isinstance(self.limit, int):
-            problems.append(
-                f"data.sources ({self.path}): limit must be a whole number, got {self.limit!r}."
-            )
+        if problems := list(self._wrong_values()):
+            raise ConfigurationError(f"data.sources ({self.path}): {text}" for text in problems)
+
+    def _wrong_values(self) -> Iterator[str]:
+        for name in ("split", "subset", "revision", "format"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "split" or value is not None):
+                yield f"{name} must be text, got {value!r}."
+        if isinstance(self.format, str) and self.format not in FORMATS:
+            yield (f"no format is called '{self.format}'{did_you_mean(self.format, FORMATS)}")
+        if self.limit is not None and (
+            not isinstance(self.limit, int) or isinstance(self.limit, bool)
+        ):
+            yield f"limit must be a whole number, got {self.limit!r}."
         elif self.limit is not None and self.limit < 1:
-            problems.append(
-                f"data.sources ({self.path}): limit must be at least 1, got {self.limit}."
-            )
+            yield f"limit must be at least 1, got {self.limit}."
         if not isinstance(self.columns, dict) or not all(
             isinstance(name, str) for name in (*self.columns, *self.columns.values())
         ):
-            problems.append(
-                f"data.sources ({self.path}): columns must be {{NEW: OLD}}, got {self.columns!r}."
-            )
-        if problems:
-            raise ConfigurationError(problems)
+            yield f"columns must be {{NEW: OLD}}, got {self.columns!r}."
 
     @property
     def is_local(self) -> bool:
@@ -69,6 +68,8 @@ class SourceConfig:
     def problem(self, key: str = "data.sources") -> str | None:
         """One sentence on why this cannot be read, found without reading it; or None."""
         path = Path(self.path).expanduser()
+        if not self.path.strip():
+            return f"{key}: the path is empty; name a file."
         if not self.is_local:
             if self.path.count("/") > 1 or self.path.startswith((".", "/", "~")):
                 return f"{key}: no file '{self.path}'."
@@ -80,6 +81,16 @@ class SourceConfig:
             return f"{key}: no file '{self.path}'{did_you_mean(path.name, names)}"
         if path.suffix.lower() not in SUFFIXES:
             return f"{key}: '{self.path}' is none of {', '.join(SUFFIXES)}."
+        return self._idle_setting(key)
+
+    def _idle_setting(self, key: str) -> str | None:
+        """A setting of Hub datasets that a file would take in silence."""
+        for name, default in (("split", "train"), ("subset", None), ("revision", None)):
+            if (value := getattr(self, name)) != default:
+                return (
+                    f"{key}: {name} '{value}' is for datasets of the Hub, '{self.path}' is a file "
+                    "and has none; remove it, or name the file that holds those rows."
+                )
         return None
 
 
@@ -189,4 +200,8 @@ def _parse_source(item: Any, key: str) -> SourceConfig:
             )
     if not isinstance(item.get("path"), str | Path):
         raise ConfigurationError(f"{key}: {dict(item)!r} has no path; write path: FILE.")
-    return SourceConfig(**{**item, "path": str(item["path"])})
+    try:
+        return SourceConfig(**{**item, "path": str(item["path"])})
+    except ConfigurationError as error:  # which does not know what its source is for
+        named = [problem.replace("data.sources", key, 1) for problem in error.problems]
+        raise ConfigurationError(named) from error

@@ -140,7 +140,8 @@ def read_adapter_folder(folder: Path) -> AdapterManifest:
         )
     try:
         manifest = AdapterManifest(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        str(manifest.base["weights"])  # what every reader asks it for
+    except (ValueError, TypeError, KeyError) as error:
         raise AdapterFolderError(f"'{path}' cannot be read ({error}).") from error
     if manifest.format != MANIFEST_FORMAT:
         raise AdapterFolderError(

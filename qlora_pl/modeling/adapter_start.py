@@ -1,24 +1,23 @@
 """Where an adapter's training begins: at the activations' main directions, or at another adapter.
 
-Both leave B's part of the outcome exact: EVA starts with B = 0, so at the base's own outputs; an
-adapter to go on from is copied as it is, after its base, ranks and modules were compared.
+EVA leaves B at zero, so that training starts at the base's own outputs; an adapter to go on from is
+copied as it is, after its base, ranks and modules were compared.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_pl.batch import Batch
 from qlora_pl.errors import AdapterFolderError, ConfigurationError
 from qlora_pl.modeling.adapter_folder import WEIGHTS, read_adapter_folder
-from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.adapters import BASE_CHANGING, LoRAConfig, by_module
+from qlora_pl.modeling.eva import start_at_activations
 from qlora_pl.modeling.identity import BaseIdentity
 
 PICKLED = "adapter_model.bin"
@@ -27,73 +26,47 @@ COMPARED = {
     "alpha": "lora_alpha",
     "use_rslora": "use_rslora",
     "bias": "bias",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
 }
 """This project's keys, and PEFT's, that must be the same in an adapter to go on from."""
-
-
+UNKNOWN = ("alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora")
+"""PEFT's settings under which the same tensors compute something else."""
 EVA_BATCHES = 16
-"""Batches of the first training rows that EVA looks at, over and over until it settles."""
+"""Batches of the first training rows that EVA looks at."""
+
+
+def find_start(
+    config: LoRAConfig, base: BaseIdentity, targets: list[str]
+) -> Path | ConfigurationError | None:
+    """The folder of the adapter to go on from, or what is wrong with it, or None if there is none.
+
+    Not raised yet: a run that is resumed does without that folder, which may be gone by then.
+    """
+    if config.init_from is None:
+        return None
+    try:
+        folder = locate_adapter(config.init_from)
+        refuse_other_adapter(folder, config, base, targets)
+    except ConfigurationError as error:
+        return error
+    return folder
 
 
 def start_adapters(module: Any) -> None:
-    """Begin a fresh run of a ``QLoRAModule`` where ``model.lora`` says."""
-    config = module.lora
-    if config.init_from is not None:
-        start_at_adapter(module.model, module.start)
-    elif config.init == "eva" and module.trainer.state.fn == "fit":
-        batches = module.trainer.datamodule.first_batches(EVA_BATCHES)
-        start_at_activations(module.model, batches, config)
-
-
-# -- EVA -------------------------------------------------------------------------------------------
-
-
-def start_at_activations(model: nn.Module, batches: Sequence[Batch], config: LoRAConfig) -> None:
-    """Set every A to the directions in which its layer's inputs vary most (EVA).
-
-    Paischer et al. 2024 (arXiv:2410.07170), with equal ranks (rho = 1), so that a checkpoint's
-    shapes are known before.
-
-    Args:
-        model: A PEFT model with ``init="eva"``; B is zero and stays so.
-        batches: Rows to run; gone through again until the directions settle.
-        config: Its adapters.
+    """Begin a fresh run of a ``QLoRAModule`` where ``model.lora`` says.
 
     Raises:
-        ConfigurationError: if a batch has fewer tokens than the largest rank, from which its
-            directions cannot be found.
+        ConfigurationError: if it cannot begin there.
     """
-    import peft  # slow to import
-
-    rank = max([config.r, *config.rank_pattern.values()])
-    sizes = [int(batch["attention_mask"].sum()) for batch in batches]
-    if max(sizes, default=0) < rank:
-        raise ConfigurationError(
-            f"model.lora.init: eva needs a batch of at least {rank} tokens (the largest rank), and "
-            f"the first ones have up to {max(sizes, default=0)}; raise data.batch_size or lower "
-            "model.lora.r."
-        )
-    inputs = [
-        {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        for batch, size in zip(batches, sizes, strict=True)
-        if size >= rank
-    ]
-    directions = peft.get_eva_state_dict(
-        model,
-        inputs,
-        forward_fn=lambda adapted, row: adapted(**row, use_cache=False),
-        gather_distributed_inputs=False,  # every rank runs the same rows
-    )
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, peft.tuners.lora.LoraLayer) and name in directions:
-                module.lora_A["default"].weight.copy_(directions.pop(name))
-    assert not directions, f"no adapter for {sorted(directions)[:3]}"
-
-
-# -- another adapter -------------------------------------------------------------------------------
+    config, trainer = module.lora, module.trainer
+    if isinstance(module.start, ConfigurationError):
+        raise module.start
+    if module.start is not None:
+        start_at_adapter(module.model, module.start)
+    elif config.init == "eva" and trainer.state.fn == "fit":
+        start_at_activations(module.model, trainer.datamodule.first_batches(EVA_BATCHES))
+        if trainer.world_size > 1:  # each device has found them, perhaps not to the last bit
+            for tensor in module.trained_tensors().values():
+                torch.distributed.broadcast(tensor.data, src=0)
 
 
 def locate_adapter(name: str) -> Path:
@@ -126,19 +99,29 @@ def _snapshot(name: str) -> Path:
         ) from error
 
 
-def refuse_other_adapter(folder: Path, config: LoRAConfig, base: BaseIdentity) -> None:
+def refuse_other_adapter(
+    folder: Path, config: LoRAConfig, base: BaseIdentity, targets: list[str]
+) -> None:
     """An adapter to go on from must be of this base and of these settings.
+
+    Args:
+        folder: From ``locate_adapter``.
+        config: This run's adapters.
+        base: This run's base.
+        targets: The modules that this run adapts.
 
     Raises:
         ConfigurationError: naming each difference with both values.
     """
-    saved = json.loads((folder / "adapter_config.json").read_text())
-    problems = []
+    manifest = None
     if (folder / "manifest.json").is_file():
         try:
             manifest = read_adapter_folder(folder)
         except AdapterFolderError as error:
             raise ConfigurationError(f"model.lora.init_from: {error}") from error
+    saved = _read_config(folder)
+    problems = []
+    if manifest is not None:
         if manifest.base["weights"] != base.weights:
             problems.append(
                 f"model.lora.init_from: '{folder}' was trained on other weights than '{base.name}' "
@@ -151,10 +134,14 @@ def refuse_other_adapter(folder: Path, config: LoRAConfig, base: BaseIdentity) -
             f"'{saved.get('base_model_name_or_path')}', and this run's is '{base.name}'; name its "
             "base (or correct its adapter_config.json, if that is the same model)."
         )
-    asked: dict[str, Any] = {key: getattr(config, key) for key in COMPARED}
+    problems += _other_kind(folder, saved)
     method = "dora" if saved.get("use_dora") else "lora"
     pairs = [("method", method, config.method)]
-    pairs += [(key, saved.get(theirs), asked[key]) for key, theirs in COMPARED.items()]
+    pairs += [(key, saved.get(theirs), getattr(config, key)) for key, theirs in COMPARED.items()]
+    for key in ("rank_pattern", "alpha_pattern"):
+        theirs, ours = saved.get(key) or {}, getattr(config, key)
+        if by_module(theirs, targets, None) != by_module(ours, targets, None):
+            pairs.append((key, theirs, ours))
     problems += [
         f"model.lora.init_from: '{folder}' has {key} {theirs}, this run has {ours}; use the "
         "adapter's."
@@ -163,6 +150,36 @@ def refuse_other_adapter(folder: Path, config: LoRAConfig, base: BaseIdentity) -
     ]
     if problems:
         raise ConfigurationError(problems)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"model.lora.init_from: '{path}' cannot be read ({error})."
+        ) from error
+    return saved
+
+
+def _other_kind(folder: Path, saved: dict[str, Any]) -> list[str]:
+    """What an adapter is that the same tensors over the plain base would not be."""
+    problems = []
+    if saved.get("peft_type") != "LORA":
+        problems.append(f"is an adapter of the kind {saved.get('peft_type')}, and not LORA.")
+    init = str(saved.get("init_lora_weights"))
+    if init.startswith((*BASE_CHANGING, "lora_ga")):
+        problems.append(
+            f"has init_lora_weights {init}, which changes the base; convert it to a plain LoRA "
+            "with PEFT's path_initial_model_for_weight_conversion."
+        )
+    problems += [
+        f"has {key}, which this project does not know." for key in UNKNOWN if saved.get(key)
+    ]
+    return [f"model.lora.init_from: '{folder}' {problem}" for problem in problems]
 
 
 def start_at_adapter(model: nn.Module, folder: Path) -> None:
@@ -193,24 +210,32 @@ def start_at_adapter(model: nn.Module, folder: Path) -> None:
                 f"model.lora.init_from: '{folder}' has '{name}' of shape {tuple(tensor.shape)}, "
                 f"this run needs {tuple(own[name].shape)}; use its ranks."
             )
-    dtypes = {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
-    peft.set_peft_model_state_dict(model, dtypes)
+    cast = {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
+    peft.set_peft_model_state_dict(model, cast)
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    if (folder / WEIGHTS).is_file():
-        return load_file(folder / WEIGHTS)
-    if (folder / PICKLED).is_file():
-        loaded: dict[str, Tensor] = torch.load(
-            folder / PICKLED, map_location="cpu", weights_only=True
-        )
-        return loaded
-    raise ConfigurationError(f"model.lora.init_from: '{folder}' has no {WEIGHTS}.")
+    paths = [folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()]
+    if not paths:
+        raise ConfigurationError(f"model.lora.init_from: '{folder}' has no {WEIGHTS}.")
+    path = paths[0]
+    try:
+        if path.name == WEIGHTS:
+            loaded = load_file(path)
+        else:  # tensors alone: a pickle could run anything
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise half a dozen unrelated types
+        raise ConfigurationError(
+            f"model.lora.init_from: '{path}' cannot be read ({type(error).__name__})."
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise ConfigurationError(f"model.lora.init_from: '{path}' holds no tensors by name.")
+    return loaded
 
 
 def _targets(folder: Path) -> str:
-    targets = json.loads((folder / "adapter_config.json").read_text()).get("target_modules")
+    targets = _read_config(folder).get("target_modules")
     parts = targets if isinstance(targets, list) else [str(targets)]
     return ", ".join(sorted({re.sub(r".*\.", "", part) for part in parts}))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_pl.errors import ConfigurationError, did_you_mean
+from qlora_pl.modeling.dora import keep_magnitude_in
 from qlora_pl.modeling.structure import full_match, head_name, linear_names, matches
 from qlora_pl.modeling.trained_biases import keep_trained_biases_in
 
@@ -48,7 +49,8 @@ class LoRAConfig:
     """``all-linear`` (all but the head, which the paper found necessary), a list of module names
     or their last parts, or one regular expression for whole names."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of some modules: names, their last parts, or regular expressions, to r."""
+    """Ranks of some modules: names, their last parts, or regular expressions, to r. Of several
+    that fit a module the first counts."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas of some modules, named as in ``rank_pattern``."""
     init: Literal["kaiming", "gaussian", "eva", "pissa", "olora", "corda", "loftq"] = "kaiming"
@@ -81,7 +83,7 @@ class LoRAConfig:
             ("alpha_pattern", self.alpha_pattern),
         ):
             for name, value in pattern.items():
-                problems += _no_expression(key, name)
+                problems += _no_expression(key, name, PATTERN)
                 if value <= 0:
                     problems.append(f"model.lora.{key}: '{name}' must be above 0, got {value}.")
         if self.init in BASE_CHANGING:
@@ -114,9 +116,14 @@ BASE_CHANGING = {
 }
 
 
-def _no_expression(key: str, pattern: str) -> list[str]:
+PATTERN = r"(.*\.)?({})$"
+"""What PEFT makes of a pattern: the whole name of a module, or the end of it after a dot."""
+
+
+def _no_expression(key: str, pattern: str, form: str = "{}") -> list[str]:
     try:
         re.compile(pattern)
+        re.compile(form.format(pattern))
     except re.error as error:
         return [f"model.lora.{key}: '{pattern}' is not a regular expression ({error})."]
     return []
@@ -198,19 +205,36 @@ def refuse_unfit_ranks(model: nn.Module, config: LoRAConfig, targets: list[str])
                     f"model.lora.{key}: no adapted module matches '{name}'"
                     f"{did_you_mean(name, _last_parts(targets))}"
                 )
-    for target in targets:
-        weight = model.get_submodule(target).weight
-        rank = next((r for name, r in config.rank_pattern.items() if _fits(name, target)), config.r)
-        if rank > min(weight.shape):  # type: ignore[arg-type]
+    for target, named in by_module(config.rank_pattern, targets, None).items():
+        most = min(model.get_submodule(target).weight.shape)  # type: ignore[arg-type, union-attr]
+        rank = config.r if named is None else named
+        if rank > most:
+            key = "r" if named is None else "rank_pattern"
+            other = ", or give this module less in model.lora.rank_pattern" if key == "r" else ""
             raise ConfigurationError(
-                f"model.lora.r: {rank} is above {min(weight.shape)}, the most that '{target}' can "  # type: ignore[arg-type]
-                "have; lower it, or give this module less in model.lora.rank_pattern."
+                f"model.lora.{key}: {rank} is above {most}, the most that '{target}' can have; "
+                f"lower it{other}."
             )
 
 
+def by_module(pattern: Mapping[str, Any], targets: list[str], default: Any) -> dict[str, Any]:
+    """What each module gets: the value of the first pattern that fits its name, as in PEFT."""
+    return {
+        target: next((value for name, value in pattern.items() if _fits(name, target)), default)
+        for target in targets
+    }
+
+
 def _fits(pattern: str, name: str) -> bool:
-    # As PEFT matches a pattern: the whole name, or the end of it after a dot.
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(PATTERN.format(pattern), name) is not None
+
+
+def _in_any_order(pattern: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+    """The same with one entry a module where several fit: PEFT sorts entries when it saves them."""
+    if all(sum(_fits(name, target) for name in pattern) <= 1 for target in targets):
+        return dict(pattern)
+    chosen = by_module(pattern, targets, None)
+    return {target: value for target, value in chosen.items() if value is not None}
 
 
 def attach_adapters(
@@ -239,8 +263,8 @@ def attach_adapters(
         lora_dropout=config.dropout,
         bias=config.bias,
         target_modules=_shortest_names(model, targets),
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern),
+        rank_pattern=_in_any_order(config.rank_pattern, targets),
+        alpha_pattern=_in_any_order(config.alpha_pattern, targets),
         init_lora_weights=True if config.init == "kaiming" else config.init,
         eva_config=peft.EvaConfig(rho=1.0) if config.init == "eva" else None,  # 1: equal ranks
         trainable_token_indices=dict(new_rows) if new_rows else None,
@@ -251,7 +275,15 @@ def attach_adapters(
         # PEFT asks transformers 5.2x for a property under its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         torch.manual_seed(seed)
-        adapted: nn.Module = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+        try:
+            adapted = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+        except ValueError as error:
+            _refuse_moved(model, peft_config, targets)
+            raise ConfigurationError(
+                f"model.lora.target_modules: PEFT cannot adapt this {type(model).__name__} "
+                f"({str(error).splitlines()[0].rstrip('.')}); leave such modules out."
+            ) from error
+    _refuse_moved(model, peft_config, targets)
     dtype = getattr(torch, config.dtype)
     for module in adapted.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -261,6 +293,23 @@ def attach_adapters(
             parameter.data = parameter.data.to(dtype)
     keep_trained_biases_in(adapted, dtype)
     return adapted
+
+
+def _refuse_moved(model: nn.Module, peft_config: Any, targets: list[str]) -> None:
+    """PEFT reads some mixtures' names as those of an older layout, and adapts the experts instead.
+
+    Every program that loads the adapter does the same, so it is of no use to prevent it here.
+
+    Raises:
+        ConfigurationError: with the names that PEFT takes as they are.
+    """
+    stayed = [name for name in targets if matches(name, list(peft_config.target_modules))]
+    if moved := [name for name in targets if name not in stayed]:
+        raise ConfigurationError(
+            f"model.lora.target_modules: PEFT reads '{moved[0]}' in a {type(model).__name__} as a "
+            "name of its fused experts, and would adapt those; set model.lora.target_modules: "
+            f"[{', '.join(sorted(_last_parts(stayed)))}]."
+        )
 
 
 def _shortest_names(model: nn.Module, targets: list[str]) -> list[str]:
@@ -277,4 +326,4 @@ def _keep_in(layer: Any, dtype: torch.dtype) -> None:
             linear.to(dtype)
             linear.__class__ = CastingLinear
     for magnitude in layer.lora_magnitude_vector.values():
-        magnitude.to(dtype)
+        keep_magnitude_in(layer, magnitude, dtype)

@@ -68,12 +68,17 @@ def differences(
     for group, values in now.items():
         for key, value in values.items() if group != "base" else ():
             matters = is_training or group == "quantization" or key in SHAPING_KEYS
-            if matters and saved[group].get(key) != value:
+            if matters and not _same(saved[group].get(key), value):
                 name = key if group == "loss" else f"{group}.{key}"
                 yield (
                     f"The checkpoint was trained with model.{name}={saved[group].get(key)}, this "
                     f"run has {value}. Use the checkpoint's value, or start without --ckpt_path."
                 )
+
+
+def _same(saved: Any, now: Any) -> bool:
+    # Of several patterns that fit a module the first counts, so their order matters.
+    return bool(saved == now) and (not isinstance(now, dict) or list(saved) == list(now))
 
 
 def refuse_other_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

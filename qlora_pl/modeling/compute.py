@@ -22,7 +22,7 @@ class ComputeCost:
     head: int
     """Weights of the output head, which only trained tokens pass."""
     adapters: int
-    """Trained weights."""
+    """Trained weights of matrices."""
     attention: int
     """Attention width summed over layers: heads x head size x layers."""
 
@@ -48,16 +48,18 @@ class ComputeCost:
 def compute_cost(model: nn.Module) -> ComputeCost:
     """Count a PEFT model's weights by what passes them."""
     head = model.get_output_embeddings().weight  # type: ignore[operator]
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    read = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = adapters = 0
     for parameter in model.parameters():
+        if parameter.ndim < 2 or parameter is head or id(parameter) in read:
+            continue  # rows that are read, and vectors: next to nothing beside a product
         if parameter.requires_grad:
             adapters += parameter.numel()
-        elif parameter.ndim >= 2 and parameter is not head and parameter is not embedding:
+        else:
             matrices += logical_size(parameter)
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)  # RWKV and Mamba have no attention
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     return ComputeCost(
         matrices, head.numel(), adapters, heads * head_size * config.num_hidden_layers
     )

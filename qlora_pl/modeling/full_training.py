@@ -31,10 +31,21 @@ def refuse_packed_weights(quantization: QuantizationConfig, lora: LoRAConfig) ->
         )
 
 
-def train_all_weights(model: nn.Module) -> nn.Module:
-    """Let every floating-point weight of a loaded base be trained; returns the model."""
+def train_all_weights(model: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
+    """Let every floating-point weight of a loaded base be trained; returns the model.
+
+    Raises:
+        ConfigurationError: if the weights are kept in 16 bits and multiplied in another type.
+    """
     model.requires_grad_(True)
     if next(model.parameters()).dtype == torch.bfloat16:
+        if compute_dtype != torch.bfloat16:
+            name = str(compute_dtype).split(".")[-1]
+            raise ConfigurationError(
+                f"model.lora.dtype: bfloat16 weights that are trained themselves are multiplied in "
+                f"bfloat16, not in {name}; set it to float32, or "
+                "model.quantization.compute_dtype to bfloat16."
+            )
         logger.warning(
             "model.lora.dtype: bfloat16 keeps the trained weights themselves in 8 bits of "
             "precision; at usual learning rates most updates are rounded away."

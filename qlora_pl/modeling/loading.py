@@ -16,12 +16,18 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.modeling.decoding import evaluation_mode
-from qlora_pl.modeling.identity import BaseIdentity
+from qlora_pl.modeling.identity import BaseIdentity, weight_files
 from qlora_pl.modeling.packed_cache import packed_folder, verify_packed, write_packed
+from qlora_pl.modeling.parameters import int8_scales
 from qlora_pl.modeling.plan import AttentionKernel, QuantizationPlan, kernel_name
 from qlora_pl.modeling.prequantized import is_prequantized
-from qlora_pl.modeling.quantization import QuantizationConfig, resolve_compute_dtype
-from qlora_pl.modeling.replacement import INT8_OUTLIER_THRESHOLD, planned_replacement
+from qlora_pl.modeling.quantization import (
+    INT8_OUTLIER_THRESHOLD,
+    QuantizationConfig,
+    compute_advice,
+    resolve_compute_dtype,
+)
+from qlora_pl.modeling.replacement import planned_replacement
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +84,8 @@ def load_base(
             does not give finite logits.
     """
     compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
+    if is_first_rank and (advice := compute_advice(config.compute_dtype, device)) is not None:
+        logger.warning("%s", advice)
     rest_dtype = rest_dtype or unquantized_dtype(config, compute_dtype)
     arguments = {
         "device_map": {"": str(device)},
@@ -94,6 +102,7 @@ def load_base(
         with planned_replacement(plan, config, compute_dtype):
             if is_packed:
                 model, source = _from_pretrained(identity.folder, arguments), "quantised already"
+                _cast_unquantized(model, plan, rest_dtype)  # transformers keeps the checkpoint's
             elif keep_copy and verify_packed(packed, cache_dir):
                 model, source = _from_pretrained(packed, arguments), "read from the cache"
             else:
@@ -104,7 +113,7 @@ def load_base(
         write_packed(model, packed)
     keep_gradients_on_cpu(model)
     model.requires_grad_(False)
-    refuse_broken_forward(model, compute_dtype)
+    refuse_broken_forward(model, compute_dtype, plan)
     return LoadedBase(model, plan, compute_dtype, rest_dtype, source)  # type: ignore[arg-type]
 
 
@@ -133,6 +142,17 @@ def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
             "The base does not fit into this device's memory while loading; choose a smaller base, "
             "model.quantization.quant_type: nf4 with double_quant, or a larger device."
         ) from error
+    except Exception as error:  # of a dozen types, where tensors are damaged or do not fit
+        if any(path.suffix == ".bin" for path in weight_files(folder)):
+            raise ConfigurationError(
+                f"model.model_name_or_path: the pickled weights (.bin) of '{folder}' are damaged, "
+                "or hold more than tensors, which is not run here; fetch them again, or take the "
+                "model in safetensors."
+            ) from error
+        raise ConfigurationError(
+            f"model.model_name_or_path: transformers cannot load '{folder}' "
+            f"({(str(error).strip().splitlines() or [type(error).__name__])[0]})."
+        ) from error
     mismatched = [f"{name} in this shape" for name, *_ in info["mismatched_keys"]]
     if missing := sorted([*info["missing_keys"], *mismatched]):
         raise ConfigurationError(
@@ -149,6 +169,14 @@ def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
         )
     loaded: nn.Module = model
     return loaded
+
+
+def _cast_unquantized(model: Any, plan: QuantizationPlan, dtype: torch.dtype) -> None:
+    fragile = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for name, parameter in model.named_parameters():
+        is_fragile = any(f".{part}." in f".{name}." for part in fragile)
+        if name not in plan.quantized and parameter.is_floating_point() and not is_fragile:
+            parameter.data = parameter.data.to(dtype)
 
 
 def bitsandbytes_config(
@@ -220,11 +248,14 @@ def _kind_of(weight: Any) -> tuple[tuple[str, ...] | None, torch.Size]:
     return (("int8",) if is_int8 else None), weight.shape
 
 
-def refuse_broken_forward(model: nn.Module, compute_dtype: torch.dtype) -> None:
+def refuse_broken_forward(
+    model: nn.Module, compute_dtype: torch.dtype, plan: QuantizationPlan
+) -> None:
     """One row through the loaded model: its logits are there and are numbers.
 
-    A family that reads a weight itself instead of calling its layer fails on packed bytes; a base
-    whose activations leave float16's range gives infinities.
+    A family that reads a weight itself instead of calling its layer fails on packed bytes, and one
+    that rescales weights between training and evaluation (RWKV) multiplies codes; a base whose
+    activations leave float16's range gives infinities.
 
     Raises:
         ConfigurationError: with what to do.
@@ -234,6 +265,7 @@ def refuse_broken_forward(model: nn.Module, compute_dtype: torch.dtype) -> None:
     autocast = torch.autocast(
         embedding.device.type, compute_dtype, enabled=compute_dtype == torch.float16
     )
+    before = _versions(model, plan)
     try:
         with evaluation_mode(model), torch.no_grad(), autocast:
             logits = model(input_ids=row.unsqueeze(0), use_cache=False).logits
@@ -243,12 +275,29 @@ def refuse_broken_forward(model: nn.Module, compute_dtype: torch.dtype) -> None:
             f"({(str(error).splitlines() or [type(error).__name__])[0]}); if it uses a weight "
             "outside its layer, list that layer in model.quantization.skip_modules."
         ) from error
+    after = _versions(model, plan)
+    if changed := [name for name in before if before[name] != after[name]]:
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{changed[0]}' is changed by a forward pass of the loaded "
+            f"{type(model).__name__}, which would spoil its packed bytes; list "
+            f"'{changed[0].split('.')[-2]}' in model.quantization.skip_modules."
+        )
     if not logits.isfinite().all():
         name = str(compute_dtype).split(".")[-1]
         raise ConfigurationError(
             f"model.quantization.compute_dtype: in {name} the base's logits are not numbers; "
             "take float32, or bfloat16 where the device has it."
         )
+
+
+def _versions(model: nn.Module, plan: QuantizationPlan) -> dict[str, tuple[int, ...]]:
+    """Numbers that change when a packed weight, or its int8 scales, are replaced or written to."""
+    versions: dict[str, tuple[int, ...]] = {}
+    for name in plan.quantized:
+        weight = model.get_parameter(name)
+        scales = int8_scales(model.get_submodule(name.rpartition(".")[0]))
+        versions[name] = (id(weight), weight._version, 0 if scales is None else scales._version)
+    return versions
 
 
 def keep_gradients_on_cpu(model: nn.Module) -> None:
@@ -268,9 +317,19 @@ def prepare_for_training(model: nn.Module, gradient_checkpointing: bool) -> None
 
     ``from_pretrained`` returns a model in evaluation mode and Lightning never changes that, so
     dropout and gradient checkpointing would be off without a word.
+
+    Raises:
+        ConfigurationError: if activations cannot be recomputed in this family.
     """
     cast(Any, model).config.use_cache = False
     if gradient_checkpointing:
+        adapted = cast(Any, model)
+        base = adapted.get_base_model() if hasattr(model, "get_base_model") else adapted
+        if not base.supports_gradient_checkpointing:
+            raise ConfigurationError(
+                f"model.gradient_checkpointing: transformers cannot recompute the activations of a "
+                f"{type(base).__name__}; set it to false."
+            )
         # Not reentrant: works without input gradients, and under DDP marks no parameter twice.
         options = {"use_reentrant": False}
         if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.2x

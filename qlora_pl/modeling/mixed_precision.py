@@ -7,9 +7,12 @@ all trained (``lora.method: none``) are multiplied in 16 bits by autocast.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.optim import Optimizer
 
 from qlora_pl.errors import TrainingStoppedError
 
@@ -19,6 +22,21 @@ INITIAL_SCALE = 16.0
 GROWTH_INTERVAL = 200
 MAX_SKIPPED = 20
 """Steps in a row whose gradients overflowed before the run is stopped: 16 / 2 ** 20 is hopeless."""
+
+
+class UnscalingPrecision(MixedPrecision):
+    """Mixed precision whose gradients are unscaled, measured and clipped before any step.
+
+    Lightning leaves unscaling to fused optimizers, and can then neither clip nor tell the norm.
+    """
+
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        """Tell torch's scaler and Lightning that fused optimizers are like the others."""
+        for optimizer in optimizers:
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return super().connect(model, optimizers, lr_schedulers)
 
 
 def precision_plugin(
@@ -35,10 +53,10 @@ def precision_plugin(
         scaler = torch.amp.GradScaler(
             device.type, init_scale=INITIAL_SCALE, growth_interval=GROWTH_INTERVAL
         )
-        return MixedPrecision("16-mixed", device.type, scaler)
+        return UnscalingPrecision("16-mixed", device.type, scaler)
     embedding = weights.get_input_embeddings().weight  # type: ignore[operator]
     if embedding.dtype != compute_dtype and compute_dtype == torch.bfloat16:
-        return MixedPrecision("bf16-mixed", device.type)
+        return UnscalingPrecision("bf16-mixed", device.type)
     return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,8 @@ from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.errors import CheckpointError
-from qlora_pl.modeling.adapter_start import (
-    locate_adapter,
-    refuse_other_adapter,
-    start_adapters,
-)
+from qlora_pl.errors import CheckpointError, ConfigurationError
+from qlora_pl.modeling.adapter_start import find_start, start_adapters
 from qlora_pl.modeling.adapters import (
     LoRAConfig,
     attach_adapters,
@@ -135,6 +132,8 @@ class QLoRAModule(LightningModule):
         self._micro_batches: list[MicroBatch] = []
         self._skipped = SkippedSteps()
         self._resumed: dict[str, Any] | None = None
+        self.start: Path | ConfigurationError | None = None
+        self._has_begun = False
         self._val_nats, self._val_tokens = SumMetric(), SumMetric()
         for metric in (self._val_nats, self._val_tokens):
             metric.set_dtype(torch.float64)  # a float32 sum of many nats loses the small ones
@@ -168,9 +167,7 @@ class QLoRAModule(LightningModule):
         if self.lora.has_adapters:
             targets = resolve_targets(skeleton, self.lora)
             refuse_unfit_ranks(skeleton, self.lora, targets)
-        if self.lora.init_from is not None:
-            self.start = locate_adapter(self.lora.init_from)
-            refuse_other_adapter(self.start, self.lora, self.identity)
+            self.start = find_start(self.lora, self.identity, targets)
         if self._tokenizer is not None:
             check_vocabulary(self._tokenizer, skeleton, self.grow_vocabulary)
         warn_of_high_rate(self.optimizer_config.lr, skeleton)
@@ -182,6 +179,7 @@ class QLoRAModule(LightningModule):
     def configure_model(self) -> None:
         """Load the base on this rank's device and attach adapters; a second call returns."""
         if self.model is not None:
+            self._choose_precision()  # another trainer may have another plugin
             return
         assert self.identity is not None
         self.base = load_base(
@@ -202,16 +200,31 @@ class QLoRAModule(LightningModule):
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
             self.model = attach_adapters(self.base.model, self.lora, seed, new_rows)
         else:
-            self.model = train_all_weights(self.base.model)
+            self.model = train_all_weights(self.base.model, self.base.compute_dtype)
         prepare_for_training(self.model, self.gradient_checkpointing)
-        plugin = precision_plugin(self.base.compute_dtype, self.model, self.device)
-        if plugin is not None:
-            self.trainer.strategy.precision_plugin = plugin
-        if self.trainer.ckpt_path is None:  # otherwise it brings every trained tensor
-            start_adapters(self)
+        self._choose_precision()
         if self.trainer.is_global_zero:
             name = self.model_name_or_path
             logger.info("%s", summarize(name, self.model, self.base, self.quantization))
+
+    def _choose_precision(self) -> None:
+        strategy = self.trainer.strategy
+        assert self.base is not None
+        # The strategy's device: the module is moved there only later.
+        plugin = precision_plugin(self.base.compute_dtype, self._adapted, strategy.root_device)
+        if plugin is not None:
+            strategy.precision_plugin = plugin
+
+    def on_fit_start(self) -> None:
+        """Begin where ``model.lora`` says, unless a checkpoint has brought every trained tensor.
+
+        The first hook that knows of a checkpoint: Lightning names it when it reads it.
+        """
+        if not self._has_begun and self.trainer.ckpt_path is None:
+            start_adapters(self)
+        self._has_begun = True
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_train_start(self) -> None:
         """Begin dropout where the seed says, whatever happened while loading and sampling."""

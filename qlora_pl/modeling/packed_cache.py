@@ -62,6 +62,9 @@ def verify_packed(folder: Path, cache_dir: str | None) -> bool:
     """Whether a packed copy is there and every file of it is what was written."""
     record = folder / "packed.json"
     if not record.is_file():
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # written whole, or spoilt since: see write_packed
         return False
     known = cache_root(cache_dir) / "fingerprints"
     try:

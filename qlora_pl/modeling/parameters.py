@@ -39,6 +39,9 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     """Count logical weights; a tied weight once."""
     by_dtype: Counter[str] = Counter()
     trainable = stored = 0
+    for module in model.modules():
+        if (scales := int8_scales(module)) is not None:
+            stored += scales.numel() * scales.element_size()
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         size = logical_size(parameter)
@@ -54,6 +57,15 @@ def _statistics_bytes(state: Any) -> int:
     if state.nested:
         tensors += [state.state2.absmax, state.state2.code, state.offset]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def int8_scales(layer: nn.Module) -> Tensor | None:
+    """``(out_features,)``, of an int8 layer, whose first forward moves them out of its weight."""
+    weight = layer._parameters.get("weight")
+    scales = getattr(weight, "SCB", None)
+    if scales is None and weight is not None and weight.dtype == torch.int8:
+        scales = layer.state.SCB  # type: ignore[union-attr]
+    return scales
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,7 +7,6 @@ against the plan.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,14 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.structure import Role, head_name, is_plain_product, matches, matrices
+from qlora_pl.modeling.structure import (
+    Role,
+    head_name,
+    is_conv1d,
+    is_plain_product,
+    matches,
+    matrices,
+)
 
 AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 NEGLIGIBLE_SHARE = 0.01
@@ -41,7 +47,12 @@ class QuantizationPlan:
     @property
     def kept_modules(self) -> list[str]:
         """The modules that transformers must leave alone."""
-        modules = [name.rpartition(".")[0] for name in self.kept]
+        # It reads a name as that of everything below it too, and packs linear modules alone.
+        modules = [
+            name.rpartition(".")[0]
+            for name, role in self.kept.items()
+            if role in ("linear", "router", "head")
+        ]
         return modules if self.head in (None, *modules) else [*modules, str(self.head)]
 
 
@@ -92,29 +103,41 @@ def plan_quantization(skeleton: nn.Module, config: QuantizationConfig) -> Quanti
     quantized: dict[str, tuple[int, ...]] = {}
     kept: dict[str, Role] = {}
     sizes: Counter[Role] = Counter()
-    unmatched = set(config.skip_modules)
+    fragile = list(getattr(skeleton, "_keep_in_fp32_modules", None) or [])  # its authors' list
     for name, parameter, role in matrices(skeleton):
         owner = name.rpartition(".")[0]
-        listed = [entry for entry in config.skip_modules if matches(owner, [entry])]
-        unmatched -= set(listed)
-        if config.is_quantized and role == "linear" and not listed:
+        listed = matches(owner, config.skip_modules)
+        is_packed = config.is_quantized and role == "linear" and not matches(owner, fragile)
+        if is_packed and not listed:
             quantized[name] = tuple(parameter.shape)
         else:
             kept[name] = role
             sizes[role] += 0 if listed else parameter.numel()
+    refuse_unmatched(config.skip_modules, [*quantized, *kept])
+    if not config.is_quantized:
+        return QuantizationPlan(quantized, kept, head_name(skeleton))
+    num_weights = sum(parameter.numel() for parameter in skeleton.parameters())
+    _refuse_unquantizable(kept, sizes, num_weights, config)
+    if not quantized:
+        raise ConfigurationError(
+            "model.quantization.skip_modules: nothing is left to quantise; name fewer modules, or "
+            "set quant_type: none."
+        )
+    _refuse_unfit_shapes(skeleton, quantized, config)
+    return QuantizationPlan(
+        quantized, kept, head_name(skeleton), replaced_classes(skeleton, quantized)
+    )
+
+
+def refuse_unmatched(skip_modules: tuple[str, ...], names: list[str]) -> None:
+    """Refuse entries of ``skip_modules`` to which none of the named matrices belongs."""
+    owners = [name.rpartition(".")[0] for name in names]
+    unmatched = [e for e in skip_modules if not any(matches(owner, [e]) for owner in owners)]
     if unmatched:
         raise ConfigurationError(
             f"model.quantization.skip_modules: no weight matrix belongs to "
             f"{', '.join(sorted(unmatched))}; write a module's name or the last part of it."
         )
-    if not config.is_quantized:
-        return QuantizationPlan(quantized, kept, head_name(skeleton))
-    num_weights = sum(parameter.numel() for parameter in skeleton.parameters())
-    _refuse_unquantizable(kept, sizes, num_weights, config)
-    _refuse_unfit_shapes(skeleton, quantized, config)
-    return QuantizationPlan(
-        quantized, kept, head_name(skeleton), _replaced_classes(skeleton, quantized)
-    )
 
 
 def _refuse_unquantizable(
@@ -147,7 +170,7 @@ def _refuse_unquantizable(
 def _refuse_unfit_shapes(
     skeleton: nn.Module, quantized: dict[str, tuple[int, ...]], config: QuantizationConfig
 ) -> None:
-    """Refuse matrices that the blocks or the storage do not divide.
+    """Refuse matrices that the blocks do not divide (those fill words of any storage type).
 
     Blocks that run from one row into the next are decoded wrongly by bitsandbytes 0.50 on CPUs with
     AVX-512: outputs are 20 to 40 % off (normal weights, rows of 16 to 208).
@@ -159,7 +182,7 @@ def _refuse_unfit_shapes(
         return
     for name, shape in quantized.items():
         module = skeleton.get_submodule(name.rpartition(".")[0])
-        inputs = shape[0] if type(module).__name__ == "Conv1D" else shape[-1]
+        inputs = shape[0] if is_conv1d(module) else shape[-1]
         if inputs % config.block_size:
             raise ConfigurationError(
                 f"model.quantization.block_size: '{name}' has {inputs} inputs, no multiple of "
@@ -167,34 +190,31 @@ def _refuse_unfit_shapes(
                 f"wrongly on CPUs; list '{name.split('.')[-2]}' in model.quantization.skip_modules"
                 f"{', or choose a smaller block' if config.block_size > 64 else ''}."
             )
-        weights_a_word = 2 * getattr(torch, config.storage_dtype).itemsize
-        if math.prod(shape) % weights_a_word:
-            raise ConfigurationError(
-                f"model.quantization.storage_dtype: '{name}' has {math.prod(shape)} weights, which "
-                f"do not fill words of {weights_a_word}; set it to uint8."
-            )
 
 
-def _replaced_classes(skeleton: nn.Module, quantized: dict[str, Any]) -> tuple[str, ...]:
+def replaced_classes(skeleton: nn.Module, quantized: dict[str, Any]) -> tuple[str, ...]:
     """Subclasses of ``nn.Linear`` among what is quantised, each proved to be a plain product.
 
     Raises:
         ConfigurationError: naming one that computes something else.
     """
-    examples: dict[type, str] = {}
+    classes: set[type] = set()
+    tried = set()
     for name in quantized:
         owner = name.rpartition(".")[0]
-        examples.setdefault(type(skeleton.get_submodule(owner)), owner)
-    subclasses = {
-        kind: owner
-        for kind, owner in examples.items()
-        if kind is not nn.Linear and kind.__name__ != "Conv1D"
-    }
-    for kind, owner in subclasses.items():
-        if not is_plain_product(skeleton.get_submodule(owner)):
+        module = skeleton.get_submodule(owner)
+        kind = type(module)
+        if kind is nn.Linear or is_conv1d(module):
+            continue
+        classes.add(kind)
+        # Modules of one class may be set up differently: a factor of 1 here and of 2 there.
+        own = vars(module).keys() - vars(nn.Linear(1, 1, device="meta")).keys()
+        alike = (kind, *(f"{key}={vars(module)[key]}" for key in sorted(own)))
+        if alike not in tried and not is_plain_product(module):
             raise ConfigurationError(
                 f"model.quantization: '{owner}' is a {kind.__name__}, which does more than multiply"
                 " by its weight, so it cannot be replaced by a quantised layer; list "
                 f"'{owner.rpartition('.')[2]}' in model.quantization.skip_modules."
             )
-    return tuple(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in subclasses))
+        tried.add(alike)
+    return tuple(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in classes))

@@ -14,8 +14,13 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.identity import safetensors_header, weight_files
-from qlora_pl.modeling.plan import QuantizationPlan, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.plan import (
+    QuantizationPlan,
+    plan_quantization,
+    refuse_unmatched,
+    replaced_classes,
+)
+from qlora_pl.modeling.quantization import INT8_OUTLIER_THRESHOLD, QuantizationConfig
 from qlora_pl.modeling.structure import head_name, matches, matrices
 
 STATE = ".quant_state.bitsandbytes__"
@@ -42,15 +47,21 @@ def make_plan(folder: Path, skeleton: nn.Module, config: QuantizationConfig) -> 
     settings = _settings(folder)
     if settings is None:
         return plan_quantization(skeleton, config)
-    method = settings.get("quant_method")
+    method = settings.get("quant_method", "another program")
     if method != "bitsandbytes":
         raise ConfigurationError(
-            f"model.model_name_or_path: '{folder}' is quantised by {method}, of which only "
-            "bitsandbytes can be read; name the model in 16 bits."
+            f"model.model_name_or_path: '{folder}' is quantised by {method}, and only what "
+            "bitsandbytes quantised can be read; name the model in 16 bits."
+        )
+    files = weight_files(folder)
+    if any(path.suffix == ".bin" for path in files):
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{folder}' keeps its quantised weights pickled (.bin), "
+            "which cannot be looked into; name the model in 16 bits."
         )
     tensors = {
         name: (path, offset, entry)
-        for path in weight_files(folder)
+        for path in files
         for header, offset in [safetensors_header(path)]
         for name, entry in header.items()
     }
@@ -60,11 +71,21 @@ def make_plan(folder: Path, skeleton: nn.Module, config: QuantizationConfig) -> 
         if (found := _held(name, tensors, states)) is not None:
             quantized[name] = tuple(parameter.shape)
             held.add(tuple(found.items()))
+            _refuse_incomplete(folder, name, found, tensors)
     for found in map(dict, sorted(held)):
         _refuse_other(folder, found, config)
+    if not quantized:
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{folder}' says that it is quantised, but holds no codes "
+            "under the names of its weights; fetch it again, or name the model in 16 bits."
+        )
+    _refuse_other_threshold(folder, settings, config)
     kept = {name: role for name, _, role in matrices(skeleton) if name not in quantized}
+    refuse_unmatched(config.skip_modules, [*quantized, *kept])
     _refuse_skipped(quantized, config)
-    return QuantizationPlan(quantized, kept, head_name(skeleton))
+    return QuantizationPlan(
+        quantized, kept, head_name(skeleton), replaced_classes(skeleton, quantized)
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:
@@ -78,7 +99,8 @@ def _held(
     name: str, tensors: dict[str, tuple[Path, int, Any]], states: dict[str, str]
 ) -> dict[str, Any] | None:
     """How a tensor of the checkpoint is quantised, in this project's keys; None: it is not."""
-    if f"{name.removesuffix('weight')}SCB" in tensors:
+    stored = tensors[name][2]["dtype"] if name in tensors else "absent"
+    if f"{name.removesuffix('weight')}SCB" in tensors or stored == "I8":
         return {"quant_type": "int8"}
     if name not in states:
         return None
@@ -87,13 +109,40 @@ def _held(
     with path.open("rb") as file:
         file.seek(offset + begin)
         recorded = json.loads(file.read(end - begin))
-    stored = tensors[name][2]["dtype"]
     return {
         "quant_type": recorded["quant_type"],
         "double_quant": f"{name}.nested_absmax" in tensors,
         "block_size": recorded["blocksize"],
         "storage_dtype": STORAGE_NAMES.get(stored, stored),
     }
+
+
+def _refuse_incomplete(
+    folder: Path, name: str, found: dict[str, Any], tensors: dict[str, tuple[Path, int, Any]]
+) -> None:
+    """Codes without their scales, or the other way round, decode to nothing."""
+    needed = [name, f"{name}.absmax", f"{name}.quant_map"]
+    if found["quant_type"] == "int8":
+        needed = [name, f"{name.removesuffix('weight')}SCB"]
+    elif found["double_quant"]:
+        needed.append(f"{name}.nested_quant_map")
+    if missing := [tensor for tensor in needed if tensor not in tensors]:
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{folder}' lacks '{missing[0]}', without which a quantised "
+            "matrix cannot be read; fetch it again."
+        )
+
+
+def _refuse_other_threshold(
+    folder: Path, settings: dict[str, Any], config: QuantizationConfig
+) -> None:
+    threshold = settings.get("llm_int8_threshold", INT8_OUTLIER_THRESHOLD)
+    if config.quant_type == "int8" and threshold != INT8_OUTLIER_THRESHOLD:
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{folder}' is to be multiplied with an llm_int8_threshold "
+            f"of {threshold}, and here it is always {INT8_OUTLIER_THRESHOLD}; name the model in 16 "
+            "bits."
+        )
 
 
 def _refuse_other(folder: Path, found: dict[str, Any], config: QuantizationConfig) -> None:

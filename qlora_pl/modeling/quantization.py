@@ -20,6 +20,8 @@ BLOCK_SIZE = 64
 """Weights that share one scale, by default: the paper's, and all that plain transformers has."""
 ABSMAX_BLOCK_SIZE = 256
 """Scales that share one second-level scale under double quantisation."""
+INT8_OUTLIER_THRESHOLD = 6.0
+"""Inputs beyond it are multiplied in 16 bits (Dettmers et al. 2022, arXiv:2208.07339, 3.2)."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

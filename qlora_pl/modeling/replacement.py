@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from qlora_pl.modeling.plan import QuantizationPlan
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.quantization import INT8_OUTLIER_THRESHOLD, QuantizationConfig
+from qlora_pl.modeling.structure import is_conv1d
 
 METHODS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
-INT8_OUTLIER_THRESHOLD = 6.0
-"""Inputs beyond it are multiplied in 16 bits (Dettmers et al. 2022, arXiv:2208.07339, 3.2)."""
 
 
 @contextmanager
@@ -57,9 +56,8 @@ def _empty_layer(
 ) -> nn.Module:
     """The bitsandbytes layer that is to take a module's place, without weights."""
     import bitsandbytes as bnb  # slow to import
-    from transformers.pytorch_utils import Conv1D
 
-    is_conv = isinstance(module, Conv1D)
+    is_conv = is_conv1d(module)
     inputs, outputs = module.weight.shape if is_conv else module.weight.shape[::-1]
     has_bias = module.bias is not None
     storage_dtype = getattr(torch, config.storage_dtype)
@@ -88,6 +86,6 @@ def _empty_layer(
             )
             if is_packed:
                 layer.weight.data = layer.weight.data.to(torch.int8)
-    layer.source_cls = Conv1D if is_conv else nn.Linear  # the loader transposes a Conv1D's weight
+    layer.source_cls = type(module) if is_conv else nn.Linear  # the loader transposes a Conv1D's
     layer.requires_grad_(False)
     return cast(nn.Module, layer)

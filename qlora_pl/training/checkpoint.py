@@ -21,6 +21,12 @@ from qlora_pl.errors import CheckpointError, ConfigurationError
 from qlora_pl.files import remove_leftovers, serialize, sha256_bytes, write_atomic, write_json
 from qlora_pl.training.adapter_save import AdapterSaver
 from qlora_pl.training.random_state import collect_random_states, restore_random_states
+from qlora_pl.training.resuming import (
+    clipping,
+    refuse_other_clipping,
+    refuse_unknown_metric,
+    take_up_schedules,
+)
 from qlora_pl.training.run_folder import (
     checkpoint_path,
     digest_path,
@@ -29,6 +35,8 @@ from qlora_pl.training.run_folder import (
     step_of,
     verifies,
 )
+from qlora_pl.training.stopping import has_reached_its_end
+from qlora_pl.training.trainer_settings import refuse_long_interval
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ class AdapterCheckpoint(Checkpoint):
         every_n_steps: Optimizer steps between saves; the first and the last step are saved too.
         keep_last: Newest checkpoints that are kept.
         keep_best: Best checkpoints that are kept besides, by ``monitor``.
-        monitor: The metric that says which is best.
+        monitor: The metric that says which is best: ``val/loss`` (nats a trained token) or
+            ``val/perplexity``.
         mode: Whether less or more of it is better.
         save_held_out: Whether up to 64 encoded validation rows go into the adapter folder, for
             later commands to score with.
@@ -122,7 +131,13 @@ class AdapterCheckpoint(Checkpoint):
     # -- hooks -----------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read and write through ``VerifiedCheckpointIO``."""
+        """Read and write through ``VerifiedCheckpointIO``; the rows are known now, weights not yet.
+
+        Raises:
+            ConfigurationError: if a validation is due after more batches than an epoch has.
+        """
+        if stage == "fit":
+            refuse_long_interval(trainer)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         self.folder = Path(trainer.default_root_dir)
 
@@ -150,6 +165,7 @@ class AdapterCheckpoint(Checkpoint):
         if self._loaded is not None:
             states = self._loaded["random_states"]
             restore_random_states(states[min(trainer.global_rank, len(states) - 1)])
+            take_up_schedules(trainer)
             self.last_checkpoint = Path(str(trainer.ckpt_path))
             self._loaded = None
             self._discard(trainer)
@@ -176,19 +192,26 @@ class AdapterCheckpoint(Checkpoint):
         self._is_due = is_first or trainer.global_step % self.every_n_steps == 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the score; a best one is due to be saved."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or self._boundary is None:
+        """Note the score; a best one is due to be saved.
+
+        Raises:
+            ConfigurationError: if there is no such metric, before the first step.
+        """
+        if trainer.state.fn != "fit":
             return
         score = trainer.callback_metrics.get(self.monitor)
-        if score is None:
+        if score is None and trainer.sanity_checking:
+            refuse_unknown_metric(self.monitor, trainer)
+        if score is None or self._boundary is None:
             return
         self.scores[self._boundary.step] = float(score)
         if self._boundary.step in self._best_steps():
             self._is_due = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The epoch's last step is over."""
-        self._save_if_due(trainer, pl_module)
+        """The epoch's last step is over; the run's last is still to be validated."""
+        if not (trainer.should_stop or has_reached_its_end(trainer)):
+            self._save_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, wait for every check, and publish the finished adapter."""
@@ -277,6 +300,8 @@ class AdapterCheckpoint(Checkpoint):
             "epoch": boundary.epoch + boundary.is_epoch_end,
             "position": 0 if boundary.is_epoch_end else boundary.position,
         }
+        checkpoint["clipping"] = clipping(trainer)
+        checkpoint["callbacks"].pop("Timer", None)  # each start has trainer.max_time for itself
         checkpoint["scores"] = dict(self.scores)
         checkpoint["saved_steps"] = list(self.saved_steps)
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -295,6 +320,7 @@ class AdapterCheckpoint(Checkpoint):
                 f"'{trainer.ckpt_path}' was not written between two optimizer steps by qlora_pl, "
                 "so no run can continue from it exactly."
             )
+        refuse_other_clipping(checkpoint["clipping"], trainer)
         boundary = checkpoint["boundary"]
         data = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "resume_from") and checkpoint["data"] is not None:

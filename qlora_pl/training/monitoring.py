@@ -3,13 +3,15 @@
 A row is numbered by the optimizer steps done. It waits until the next step has ended, so that a
 validation in between is part of it, and is part of every checkpoint while it waits. So a resumed
 run drops the rows from its checkpoint's step on and writes them again: every step stands in the
-history once. (Lightning's own counter lags behind here and there.)
+history once. (Lightning's own counter lags behind here and there.) The last step is validated and
+logged whatever the intervals say, so that what a run came to is what one step came to.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import resource
 import time
 from pathlib import Path
@@ -19,9 +21,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from qlora_pl.batch import FILLER_ROW
 from qlora_pl.files import write_atomic, write_json
 from qlora_pl.modeling.compute import ComputeCost, compute_cost
 from qlora_pl.modeling.module import StepStatistics
+from qlora_pl.training.random_state import collect_random_states, restore_random_states
+from qlora_pl.training.stopping import has_reached_its_end
 
 COLUMNS = (
     "step",
@@ -49,6 +54,12 @@ class RunMetrics(Callback):
         self.last: dict[str, float] = {}
         """Newest value of each metric."""
         self._row: dict[str, float] = {}
+        self._written: dict[str, float] = {}
+        """The last step's row, which a run that trains on writes again."""
+        self._epochs = 0.0
+        """Epochs done, in fractions."""
+        self._earlier_seconds = 0.0
+        """Runtime up to the checkpoint that this start resumed."""
         self._window = dict.fromkeys(TOTALS, 0.0)
         self._cost: ComputeCost | None = None
         self._resumed_at: int | None = None
@@ -73,9 +84,11 @@ class RunMetrics(Callback):
             self._row |= {"step": 0, "epoch": 0, **evaluation}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cut the history back to the checkpoint."""
+        """Cut the history back to the checkpoint; what the run came to before no longer holds."""
+        self._written = {}
         if self._resumed_at is not None and trainer.is_global_zero:
             self._truncate_table(self._resumed_at)
+            self._reopen()
         self._last_step = trainer.global_step
 
     def on_train_batch_start(
@@ -93,6 +106,8 @@ class RunMetrics(Callback):
             return
         self._last_step = trainer.global_step
         self._flush(trainer)  # the row of the step before
+        share = (batch_idx + 1) / trainer.num_training_batches
+        self._epochs = round(trainer.current_epoch + share, 6)
         step = cast(StepStatistics, pl_module.last_step)
         self._add(step)
         pl_module.log("train/loss", step.loss, prog_bar=True, logger=False)
@@ -112,14 +127,55 @@ class RunMetrics(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the validation to the step's row."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != "fit":
+            self._sum_rows(trainer)
+            return
+        if not trainer.sanity_checking:
             evaluation = cast(dict[str, float], pl_module.last_evaluation)
             self.last |= {**evaluation, "val/step": trainer.global_step}
-            self._row |= {"step": trainer.global_step, "epoch": trainer.current_epoch, **evaluation}
+            self._row |= {"step": trainer.global_step, "epoch": self._epochs, **evaluation}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what the run came to."""
+        """Validate and log the last step, if that was not due anyway."""
+        if pl_module.last_step is None:  # nothing was trained
+            return
+        if self.last.get("val/step") != trainer.global_step:
+            validate_now(trainer)
+        if "train/loss" not in self._row:
+            self._row |= self._training_row(trainer, cast(StepStatistics, pl_module.last_step))
+        self._written = dict(self._row)
         self._flush(trainer)
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the rows that ``validate`` scored."""
+        if trainer.state.fn != "fit":
+            self.totals["rows"] += int((batch["row_ids"] != FILLER_ROW).sum())
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the rows that ``test`` scored."""
+        self.totals["rows"] += int((batch["row_ids"] != FILLER_ROW).sum())
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up the rows of all devices."""
+        self._sum_rows(trainer)
 
     def on_predict_batch_end(
         self,
@@ -133,6 +189,16 @@ class RunMetrics(Callback):
         """Count the prompts answered."""
         self.totals["rows"] += len(outputs)
 
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up the rows of all devices."""
+        self._sum_rows(trainer)
+
+    def _sum_rows(self, trainer: Trainer) -> None:
+        own = torch.tensor(int(self.totals["rows"]), device=trainer.strategy.root_device)
+        self.totals["rows"] = float(trainer.strategy.reduce(own, reduce_op="sum"))
+
+    # -- the end ---------------------------------------------------------------------------------
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``metrics.json``; Lightning comes here only when the command went well."""
         self._close_window()
@@ -142,20 +208,24 @@ class RunMetrics(Callback):
     def _summary(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Any]:
         if stage != "fit":
             evaluation = cast(dict[str, float], pl_module.last_evaluation)
-            seconds = time.perf_counter() - self._began
-            rows = self.totals["rows"]
-            return {"command": stage, "runtime_seconds": seconds, "rows": rows, **evaluation}
+            return {
+                "command": stage,
+                "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+                "runtime_seconds": self._runtime_seconds(),
+                "rows": int(self.totals["rows"]),
+                **evaluation,
+            }
         seconds = max(self.totals["seconds"], 1e-9)
         return {
             "command": "fit",
-            "is_complete": True,
+            "is_complete": has_reached_its_end(trainer),
             "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
+            "epoch": self._epochs,
             "max_steps": trainer.max_steps,
             "max_epochs": trainer.max_epochs,
             **self.last,
             "before": self.first,
-            "runtime_seconds": time.perf_counter() - self._began,
+            "runtime_seconds": self._runtime_seconds(),
             "training_seconds": seconds,
             "samples_per_second": self.totals["rows"] / seconds,
             "tokens_per_second": self.totals["tokens"] / seconds,
@@ -164,6 +234,15 @@ class RunMetrics(Callback):
             "flops_per_second": self.totals["flops"] / seconds,
         }
 
+    def _runtime_seconds(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self._began
+
+    def _reopen(self) -> None:
+        """A finished run that trains on is unfinished until it ends again, however it ends."""
+        path = self.folder / "metrics.json"
+        if path.exists():
+            write_json(path, {**json.loads(path.read_text()), "is_complete": False})
+
     # -- rows ------------------------------------------------------------------------------------
 
     def _training_row(self, trainer: Trainer, step: StepStatistics) -> dict[str, float]:
@@ -171,7 +250,7 @@ class RunMetrics(Callback):
         seconds = max(window["seconds"], 1e-9)
         row = {
             "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
+            "epoch": self._epochs,
             "train/loss": step.loss,
             "optim/lr": step.learning_rate,
             "optim/grad_norm": step.grad_norm,
@@ -234,14 +313,20 @@ class RunMetrics(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Totals up to the save and the row that waits, in a checkpoint."""
         return {
-            "row": dict(self._row),
+            "row": dict(self._row or self._written),
+            "epochs": self._epochs,
+            "runtime_seconds": self._runtime_seconds(),
             "totals": {name: self.totals[name] + self._window[name] for name in TOTALS},
             "first": dict(self.first),
             "last": dict(self.last),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on counting; a command that does not train counts its own."""
+        if self._resumed_at is None:
+            return
+        self._epochs = state_dict["epochs"]
+        self._earlier_seconds = state_dict["runtime_seconds"]
         self._row = dict(state_dict["row"])
         self.totals = dict(state_dict["totals"])
         self.first, self.last = dict(state_dict["first"]), dict(state_dict["last"])
@@ -249,8 +334,24 @@ class RunMetrics(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember where the history is taken up."""
-        self._resumed_at = int(checkpoint["global_step"])
+        """Remember where the history is taken up; Lightning restores the counts after this."""
+        if trainer.state.fn == "fit":
+            self._resumed_at = int(checkpoint["global_step"])
+
+
+def validate_now(trainer: Trainer) -> None:
+    """Run the validation loop where training stands, as Lightning does between two steps.
+
+    Draws no random number, changes no weight, and does nothing where there are no rows.
+    """
+    if not trainer.enable_validation:
+        return
+    states = collect_random_states()
+    trainer.lightning_module.on_validation_model_zero_grad()  # room for the activations
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    restore_random_states(states)
 
 
 def peak_memory_bytes() -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,10 @@ class RunConfig:
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
             raise ConfigurationError(
                 f"run.name: '{self.name}' becomes a folder; use letters, digits, '.', '_' and '-'."
+            )
+        if self.name is not None and not self.name.strip("."):
+            raise ConfigurationError(
+                f"run.name: '{self.name}' would lie outside run.root; name a folder in it."
             )
 
     @property
@@ -107,12 +112,21 @@ def step_of(checkpoint: Path) -> int:
     return int(found[1]) if found else -1
 
 
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not, byte for byte, what was written, in a clause; or None."""
+    record = digest_path(checkpoint)
+    if not checkpoint.is_file():
+        return "it is missing"
+    if not record.is_file():
+        return f"{record.name} is missing"
+    if record.read_text().split()[:1] != [sha256_file(checkpoint)]:
+        return f"its SHA-256 is not what {record.name} says"
+    return None
+
+
 def verifies(checkpoint: Path) -> bool:
     """Whether a checkpoint is there and is, byte for byte, what was written."""
-    record = digest_path(checkpoint)
-    if not checkpoint.is_file() or not record.is_file():
-        return False
-    return record.read_text().split()[:1] == [sha256_file(checkpoint)]
+    return damage(checkpoint) is None
 
 
 def checkpoints_newest_first(run: Path) -> list[Path]:
@@ -121,9 +135,19 @@ def checkpoints_newest_first(run: Path) -> list[Path]:
     return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
 
 
-def newest_verified(run: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies."""
-    return next((path for path in checkpoints_newest_first(run) if verifies(path)), None)
+def newest_verified(run: Path, passed_over: list[str] | None = None) -> Path | None:
+    """The newest checkpoint of a run that verifies.
+
+    Args:
+        run: Its folder.
+        passed_over: Takes a clause for each newer one that does not, and why.
+    """
+    for path in checkpoints_newest_first(run):
+        if (problem := damage(path)) is None:
+            return path
+        if passed_over is not None:
+            passed_over.append(f"'{path}' ({problem})")
+    return None
 
 
 def is_complete(run: Path) -> bool:
@@ -142,6 +166,8 @@ class Resolved:
     checkpoint: Path | None
     is_resumed: bool
     """Whether the folder is that of the run which wrote the checkpoint."""
+    passed_over: tuple[str, ...] = ()
+    """Newer checkpoints that are damaged, each with the reason."""
 
 
 def resolve_run(config: RunConfig, command: str, ckpt_path: str | None) -> Resolved:
@@ -158,17 +184,28 @@ def resolve_run(config: RunConfig, command: str, ckpt_path: str | None) -> Resol
         CheckpointError: if there is no such checkpoint, or it is damaged.
     """
     # Only a process that Lightning started has a local rank; the first makes its own folder.
-    handed_over = os.environ.get(FOLDER_VARIABLE) if "LOCAL_RANK" in os.environ else None
-    checkpoint = find_checkpoint(config, ckpt_path)
-    if checkpoint is None or command != "fit":
-        folder = Path(handed_over) if handed_over else new_folder(config, command)
-        return Resolved(folder, checkpoint, is_resumed=False)
-    run = checkpoint.parent.parent
-    if checkpoint.parent.name == "checkpoints" and newest_verified(run) == checkpoint:
-        return Resolved(run, checkpoint, is_resumed=True)
-    # An older checkpoint branches off: its folder holds what came after, which stays as it is.
+    handed_over = None if is_first_process() else os.environ.get(FOLDER_VARIABLE)
+    passed_over: list[str] = []
+    checkpoint = find_checkpoint(config, ckpt_path, passed_over)
+    if checkpoint is not None and command == "fit":
+        run = checkpoint.parent.parent
+        if checkpoint.parent.name == "checkpoints" and newest_verified(run) == checkpoint:
+            return Resolved(run, checkpoint, True, tuple(passed_over))
+        # An older checkpoint branches off: its folder holds what came after, which stays as it is.
     folder = Path(handed_over) if handed_over else new_folder(config, command)
-    return Resolved(folder, checkpoint, is_resumed=False)
+    return Resolved(folder, checkpoint, False, tuple(passed_over))
+
+
+def is_first_process() -> bool:
+    """Whether this process was started by a user, and not by Lightning for a further device."""
+    return "LOCAL_RANK" not in os.environ
+
+
+def forget_if_nothing_happened(resolved: Resolved) -> None:
+    """Remove the folder that was made for a run which failed before it came to anything."""
+    results = ("metrics.csv", "metrics.json", "predictions.jsonl", "checkpoints")
+    if not resolved.is_resumed and not any((resolved.folder / name).exists() for name in results):
+        shutil.rmtree(resolved.folder, ignore_errors=True)
 
 
 def completed_run(config: RunConfig, ckpt_path: str | None, trainer: Any) -> Path | None:
@@ -194,31 +231,32 @@ def completed_run(config: RunConfig, ckpt_path: str | None, trainer: Any) -> Pat
     return None if wants_steps or wants_epochs else run
 
 
-def find_checkpoint(config: RunConfig, ckpt_path: str | None) -> Path | None:
+def find_checkpoint(
+    config: RunConfig, ckpt_path: str | None, passed_over: list[str] | None = None
+) -> Path | None:
     """The verified checkpoint that ``ckpt_path`` means; see ``resolve_run``."""
     if ckpt_path is None:
         return None
     runs = runs_newest_first(config)
-    if ckpt_path == "auto":
-        unfinished = runs[:1] if runs and not is_complete(runs[0]) else []
-        return next((found for run in unfinished if (found := newest_verified(run))), None)
-    if ckpt_path == "last":
-        found = next((found for run in runs if (found := newest_verified(run))), None)
-        if found is None:
-            raise CheckpointError(
-                f"--ckpt_path last: no run in '{config.experiment}' has a checkpoint that "
-                "verifies; start without --ckpt_path."
-            )
-        return found
+    if ckpt_path in ("last", "auto"):
+        # A run that died before its first checkpoint has nothing to continue, and hides nothing.
+        for run in runs:
+            if (found := newest_verified(run, passed_over)) is not None:
+                return None if ckpt_path == "auto" and is_complete(run) else found
+        if ckpt_path == "auto":
+            return None
+        raise CheckpointError(
+            f"--ckpt_path last: no run in '{config.experiment}' has a checkpoint that verifies; "
+            "start without --ckpt_path."
+        )
     if ckpt_path == "best":
         return _best(config, runs)
     path = Path(ckpt_path).expanduser()
     if not path.is_file():
         raise CheckpointError(f"--ckpt_path: no file '{ckpt_path}' (or last, auto, best).")
-    if not verifies(path):
+    if problem := damage(path):
         raise CheckpointError(
-            f"--ckpt_path: '{ckpt_path}' is damaged: its SHA-256 is not what "
-            f"{digest_path(path).name} says, or that file is missing; use another checkpoint."
+            f"--ckpt_path: '{ckpt_path}' is damaged: {problem}; use another checkpoint."
         )
     return path.resolve()
 

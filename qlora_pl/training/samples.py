@@ -26,7 +26,7 @@ class SampleWriter(Callback):
 
     Args:
         prompts: Questions to ask; None: the first ``num_prompts`` of the validation rows.
-        num_prompts: How many of these; 0: no samples.
+        num_prompts: Validation rows to ask where ``prompts`` is None; 0: no samples.
         every_n_steps: Also ask every so many optimizer steps; None: only before and after.
         decoding: How to draw.
     """

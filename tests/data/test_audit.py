@@ -16,7 +16,7 @@ from qlora_pl.data.audit import DataReport, EncodedSplit, encode_sources
 from qlora_pl.data.encoding import TOKENIZER_CHUNK, Encoder
 from qlora_pl.data.sources import RowSources
 from qlora_pl.data.templates import load_template
-from qlora_pl.errors import ConfigurationError, DatasetFormatError, QLoRAError
+from qlora_pl.errors import DatasetFormatError, QLoRAError
 
 LONG = 10_000
 SHORT, MIDDLE, WIDE = ({"prompt": "q", "response": "7" * number} for number in (4, 10, 40))
@@ -226,9 +226,9 @@ def test_losing_more_than_the_budget_stops_the_run(overlong: str):
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
 def test_an_empty_file_is_an_error(tmp_path: Path, name: str):
     (tmp_path / name).write_text("[]" if name.endswith("json") else "")
-    with pytest.raises(ConfigurationError) as caught:
+    with pytest.raises(DatasetFormatError) as caught:
         audit(tmp_path / name)
-    assert str(caught.value) == "data.x: nothing to train on, there are no rows."
+    assert str(caught.value) == f"{tmp_path / name}: it holds no rows; leave it out, or fill it."
 
 
 @pytest.mark.parametrize("overlong", ["cut", "drop"])

@@ -204,11 +204,24 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path):
         assert sentence(path).startswith("FILE: not Parquet (")
 
 
-def test_an_empty_file_has_no_rows(tmp_path: Path):
+def test_an_empty_file_is_named_even_beside_a_full_one(tmp_path: Path):
+    full = SourceConfig(path=str(write(tmp_path / "full.jsonl", ROWS)))
     for name, text in (("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.csv", "a,b\n"), ("d.json", "[]")):
         (tmp_path / name).write_text(text)
-        assert read(tmp_path / name) == []
-        assert read(tmp_path / name, columns={"input": "context"}) == []
+        empty = SourceConfig(path=str(tmp_path / name), columns={"input": "context"})
+        with pytest.raises(DatasetFormatError) as caught:
+            list(read_rows(RowSources((full, empty))))
+        assert (
+            str(caught.value) == f"{tmp_path / name}: it holds no rows; leave it out, or fill it."
+        )
+
+
+def test_a_list_of_rows_under_the_wrong_name_is_told_the_right_one(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS, indent=1))
+    assert sentence(path) == (
+        "FILE: it begins with a list; name a file that is one list of rows .json."
+    )
 
 
 # -- what a user may write as sources ------------------------------------------------------------
@@ -274,20 +287,25 @@ def test_something_else_among_rows_in_memory_is_named():
             "format, columns, limit); did you mean 'format'?",
         ),
         ([{"path": 3}], "data.x: {'path': 3} has no path; write path: FILE."),
-        ({"path": "a", "limit": 0}, "data.sources (a): limit must be at least 1, got 0."),
-        ({"path": "a", "limit": "3"}, "data.sources (a): limit must be a whole number, got '3'."),
-        ({"path": "a", "limit": 0.5}, "data.sources (a): limit must be a whole number, got 0.5."),
+        ({"path": "a", "limit": 0}, "data.x (a): limit must be at least 1, got 0."),
+        ({"path": "a", "limit": "3"}, "data.x (a): limit must be a whole number, got '3'."),
+        ({"path": "a", "limit": 0.5}, "data.x (a): limit must be a whole number, got 0.5."),
+        ({"path": "a", "limit": True}, "data.x (a): limit must be a whole number, got True."),
+        ({"path": "a", "split": None}, "data.x (a): split must be text, got None."),
+        ({"path": "a", "subset": 3}, "data.x (a): subset must be text, got 3."),
+        ({"path": "a", "revision": 1.0}, "data.x (a): revision must be text, got 1.0."),
+        ({"path": "a", "format": 3}, "data.x (a): format must be text, got 3."),
         (
             {"path": "a", "columns": "output"},
-            "data.sources (a): columns must be {NEW: OLD}, got 'output'.",
+            "data.x (a): columns must be {NEW: OLD}, got 'output'.",
         ),
         (
             {"path": "a", "columns": {"output": None}},
-            "data.sources (a): columns must be {NEW: OLD}, got {'output': None}.",
+            "data.x (a): columns must be {NEW: OLD}, got {'output': None}.",
         ),
         (
             {"path": "a", "format": "alpacca"},
-            "data.sources (a): no format is called 'alpacca'; did you mean 'alpaca'?",
+            "data.x (a): no format is called 'alpacca'; did you mean 'alpaca'?",
         ),
         (
             datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
@@ -325,12 +343,29 @@ def test_what_cannot_be_read_is_found_without_reading(
         ("./nothing", "data.x: no file './nothing'."),
         ("folder", "data.x: 'folder' is a folder; name a file in it."),
         ("notes.txt", "data.x: 'notes.txt' is none of .json, .jsonl, .csv, .parquet."),
+        ("", "data.x: the path is empty; name a file."),
         ("tatsu-lab/alpaca", None),
         ("imdb", None),
     ):
         expected = [] if problem is None else [problem.replace("?.", "?")]
         found = RowSources.parse(path).problems("data.x")
         assert [sentence.replace("?.", "?") for sentence in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("split", "test"), ("subset", "en"), ("revision", "main")]
+)
+def test_a_setting_of_hub_datasets_is_refused_for_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, value: str
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", ROWS)
+    assert RowSources.parse({"path": "rows.jsonl", setting: value}).problems("data.x") == [
+        f"data.x: {setting} '{value}' is for datasets of the Hub, 'rows.jsonl' is a file and has "
+        "none; remove it, or name the file that holds those rows."
+    ]
+    assert RowSources.parse({"path": "rows.jsonl", "split": "train"}).problems() == []
+    assert RowSources.parse({"path": "owner/name", setting: value}).problems() == []
 
 
 # -- the Hub -------------------------------------------------------------------------------------

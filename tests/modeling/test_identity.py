@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import save_base
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.identity import (
@@ -24,6 +26,10 @@ from qlora_pl.modeling.identity import (
     safetensors_header,
     weight_files,
 )
+from qlora_pl.modeling.loading import load_base
+from qlora_pl.modeling.plan import build_skeleton
+from qlora_pl.modeling.prequantized import make_plan
+from qlora_pl.modeling.quantization import QuantizationConfig
 
 
 @pytest.fixture
@@ -139,6 +145,129 @@ def test_the_whole_file_is_read_where_an_index_lies_beside_it(base):
     assert weight_files(base) == [base / "model.safetensors"]
 
 
+# --- pickled weights ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pickled(base: Path) -> Path:
+    """The tiny base as older models lie on the Hub: tensors in a pickle."""
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    return base
+
+
+def save_pickled_shards(folder: Path) -> list[Path]:
+    """Cut pytorch_model.bin into two, with the index that names them."""
+    whole = folder / "pytorch_model.bin"
+    tensors = list(torch.load(whole, weights_only=True).items())
+    whole.unlink()
+    names = [f"pytorch_model-{number:05}-of-00002.bin" for number in (1, 2)]
+    parts = [dict(tensors[::2]), dict(tensors[1::2])]
+    for name, part in zip(names, parts, strict=True):
+        torch.save(part, folder / name)
+    weight_map = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return [folder / name for name in names]
+
+
+def load(folder: Path) -> nn.Module:
+    config = QuantizationConfig(cache=False, compute_dtype="float32")
+    plan = make_plan(folder, build_skeleton(folder), config)
+    return load_base(identify(folder), config, plan, device=torch.device("cpu")).model
+
+
+def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
+    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_pickled_weights_load_to_the_same_packed_bytes(tiny_base, pickled, is_sharded):
+    """Source: the same tensors from a safetensors file."""
+    files = save_pickled_shards(pickled) if is_sharded else [pickled / "pytorch_model.bin"]
+    assert weight_files(pickled) == files
+    assert_same_weights(load(pickled), load(tiny_base))
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_one_changed_byte_of_a_pickle_is_another_base(pickled, is_sharded):
+    if is_sharded:
+        save_pickled_shards(pickled)
+    before = identify(pickled)
+    assert identify(pickled) == before
+    path = weight_files(pickled)[-1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert identify(pickled).weights != before.weights
+    assert identify(pickled).config == before.config
+
+
+def test_safetensors_are_taken_where_pickles_lie_beside_them(tiny_base, base):
+    """As transformers chooses (modeling_utils._get_resolved_checkpoint_files)."""
+    (base / "pytorch_model.bin").write_bytes(b"whatever")
+    assert weight_files(base) == [base / "model.safetensors"]
+    save_shards(base, 2)
+    assert len(weight_files(base)) == 2
+    assert identify(base).fingerprint == identify(tiny_base).fingerprint
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("protocol", ["zip", "old"])
+def test_a_pickle_that_runs_code_does_not_run_it_and_is_one_sentence(pickled, tmp_path, protocol):
+    target = tmp_path / "ran"
+    tensors = torch.load(pickled / "pytorch_model.bin", weights_only=True)
+    tensors["lm_head.bias"] = Malicious(target)
+    torch.save(
+        tensors, pickled / "pytorch_model.bin", _use_new_zipfile_serialization=protocol == "zip"
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        load(pickled)
+    assert_one_sentence(caught.value, str(pickled), "hold more than tensors, which is not run")
+    assert not target.exists()
+    torch.load(pickled / "pytorch_model.bin", weights_only=False)  # it would have
+    assert target.exists()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_half_downloaded_pickle_is_one_sentence(pickled, is_sharded, share):
+    if is_sharded:
+        save_pickled_shards(pickled)
+    path = weight_files(pickled)[-1]
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ConfigurationError) as caught:
+        load(pickled)
+    assert_one_sentence(caught.value, str(pickled))
+
+
+def test_a_missing_pickled_shard_is_named(pickled):
+    _, second = save_pickled_shards(pickled)
+    second.unlink()
+    with pytest.raises(ConfigurationError) as caught:
+        load(pickled)
+    assert_one_sentence(caught.value, f"lacks {second.name}, which its index names")
+
+
+def test_a_pickle_of_something_else_is_one_sentence(pickled):
+    for content in ([1, 2], {"a": 1}, {"model.norm.weight": torch.ones(64)}):
+        torch.save(content, pickled / "pytorch_model.bin")
+        with pytest.raises(ConfigurationError) as caught:
+            load(pickled)
+        assert_one_sentence(caught.value, str(pickled))
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 
@@ -227,14 +356,6 @@ def test_a_config_json_without_settings_is_one_sentence(base, text):
     with pytest.raises(ConfigurationError) as caught:
         identify(base)
     assert_one_sentence(caught.value, "copy/config.json")
-
-
-def test_pickled_weights_are_refused_even_beside_another_safetensors_file(base):
-    (base / "model.safetensors").rename(base / "extra.safetensors")
-    (base / "pytorch_model.bin").write_bytes(b"\x80")
-    with pytest.raises(ConfigurationError) as caught:
-        identify(base)
-    assert_one_sentence(caught.value, str(base), "pickled (.bin)")
 
 
 def test_a_folder_without_weights_is_one_sentence(base):

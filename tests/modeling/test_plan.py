@@ -373,6 +373,7 @@ UNLISTED = {
         "intermediate_size": 512,
         "num_hidden_layers": 2,
         "context_length": 64,
+        "rescale_every": 0,
     },
     "recurrent_gemma": LLAMA_LIKE
     | {
@@ -504,7 +505,7 @@ def test_a_family_that_rewrites_its_weights_is_one_sentence(
     (sentence,) = caught.value.problems
     assert "'rwkv.blocks.0.attention.output.weight' is changed by" in sentence
     assert "list 'output' in model.quantization.skip_modules" in sentence
-    with pytest.raises(ConfigurationError, match=r"list 'value' in model.quant"):
+    with pytest.raises(ConfigurationError, match=r"list that layer in model.quant"):
         load(folder, quant_type=quant_type, skip_modules=("output",))
     loaded = load(folder, quant_type=quant_type, skip_modules=("output", "value"))
     assert len(loaded.plan.quantized) == 8

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from test_resume import Killed, adapter_bytes, history, run
 
+from qlora_pl.cli import result_line
 from qlora_pl.training.run_folder import (
     RunConfig,
     checkpoint_path,
@@ -151,7 +152,10 @@ def test_a_run_that_ran_out_of_time_is_continued(
     folder = tmp_path / "version_0"
     folder.mkdir()
     for start, step in enumerate((3, 6, 7)):
-        run(folder, tiny_base, rows_file, resume=start > 0, callbacks=[ThreeSteps()], **SEVEN)
+        clock = [ThreeSteps()]
+        trainer = run(folder, tiny_base, rows_file, resume=start > 0, callbacks=clock, **SEVEN)
+        told = f"fit: stopped by trainer.max_time at step {step}, continue with --ckpt_path last: "
+        assert result_line(trainer, "fit", folder) == (told if step < 7 else "fit: ") + str(folder)
         assert metrics(folder)["step"] == step
         assert metrics(folder)["is_complete"] == (step == 7)
         config = RunConfig(name=tmp_path.name, root=str(tmp_path.parent))

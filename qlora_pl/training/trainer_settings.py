@@ -1,0 +1,89 @@
+"""Which of Lightning's trainer settings a run may have; the others belong to other keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_pl.errors import ConfigurationError
+
+LARGEST_SEED = 2**32 - 1  # numpy's
+
+
+def check_seed(seed: int | bool) -> None:
+    """Seeds are what every generator takes.
+
+    Raises:
+        ConfigurationError: if it is not.
+    """
+    if not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
+        raise ConfigurationError(f"seed_everything: must lie in 0 to {LARGEST_SEED}, got {seed}.")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Look at every setting that can be judged without rows and weights.
+
+    Raises:
+        ConfigurationError: with every problem.
+    """
+    problems = []
+    if trainer.precision not in (None, "32", 32, "32-true"):
+        problems.append(
+            f"trainer.precision: '{trainer.precision}' would change types after loading; leave it "
+            "at 32-true and set model.quantization.compute_dtype."
+        )
+    if trainer.default_root_dir is not None:
+        problems.append(
+            "trainer.default_root_dir: a run's folder is run.root/run.name/version_N; set run.root."
+        )
+    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
+        problems.append(
+            f"trainer.gradient_clip_val: must be 0 or more, got {trainer.gradient_clip_val}."
+        )
+    if trainer.limit_train_batches == 0:
+        problems.append("trainer.limit_train_batches: 0 trains nothing; write 1 or more, or null.")
+    if problem := _interval_problem(trainer.val_check_interval):
+        problems.append(f"trainer.val_check_interval: {problem}")
+    for name in ("accumulate_grad_batches", "log_every_n_steps"):
+        value = getattr(trainer, name)
+        if value is not None and value < 1:
+            problems.append(f"trainer.{name}: must be at least 1, got {value}.")
+    for name in ("max_steps", "max_epochs"):
+        value = getattr(trainer, name)
+        if (value is not None and value < -1) or value == 0:
+            problems.append(f"trainer.{name}: must be at least 1, or -1 for no limit, got {value}.")
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def refuse_long_interval(trainer: Any) -> None:
+    """A validation that is counted within the epoch must come up in it.
+
+    Raises:
+        ConfigurationError: if it never does.
+    """
+    interval = trainer.val_check_interval
+    counts_in_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
+    if trainer.datamodule is None or not isinstance(interval, int) or not counts_in_epoch:
+        return
+    num_batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    num_batches = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    if interval > num_batches:
+        raise ConfigurationError(
+            f"trainer.val_check_interval: {interval} is more than the {num_batches} micro-batches "
+            "of an epoch; lower it, or set trainer.check_val_every_n_epoch: null to count on "
+            "across epochs."
+        )
+
+
+def _interval_problem(interval: Any) -> str | None:
+    if isinstance(interval, int) and interval < 1:
+        return (
+            f"must be at least 1 micro-batch, got {interval}; to leave validation out, set "
+            "trainer.limit_val_batches: 0."
+        )
+    if isinstance(interval, float) and not 0 < interval <= 1:
+        return (
+            f"a share of the epoch lies above 0 and at most at 1, got {interval}; write a whole "
+            "number for micro-batches."
+        )
+    return None
