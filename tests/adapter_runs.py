@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import peft
+import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
@@ -27,6 +29,15 @@ from qlora_pl.training.run_folder import newest_verified
 
 IDS = torch.arange(5, 37).reshape(2, 16)
 WEIGHTS = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For a test file that imports it: over matrices this small threads only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def load(

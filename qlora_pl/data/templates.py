@@ -186,8 +186,8 @@ TEXT_TEMPLATES: dict[str, dict[str, str]] = {
         "answer": "{content}",
         "separator": "\n\n",
     },
-    # Nothing but the text itself, for bases that continue it.
-    "plain": {"question": "{content}", "answer_cue": "", "answer": "{content}"},
+    # Nothing but the text itself, for bases that continue it; an answer follows after a space.
+    "plain": {"question": "{content}", "answer_cue": "", "answer": " {content}"},
     # The spacing of the openassistant-guanaco rows, which the published Guanaco adapters saw.
     "guanaco": {
         "question": "### Human: {content}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +34,17 @@ EVA_BATCHES = 16
 """Batches of the first training rows that EVA looks at."""
 
 
-def find_start(
-    config: LoRAConfig, base: BaseIdentity, targets: list[str]
-) -> Path | ConfigurationError | None:
-    """The folder of the adapter to go on from, or what is wrong with it, or None if there is none.
+Start = Path | ConfigurationError | Literal["eva"] | None
+"""What is still to be done before the first step: copy a folder, complain, look at rows."""
 
-    Not raised yet: a run that is resumed does without that folder, which may be gone by then.
+
+def find_start(config: LoRAConfig, base: BaseIdentity, targets: list[str]) -> Start:
+    """What a run begins with, unless it is resumed.
+
+    An error is not raised yet: a resumed run does without the folder, which may be gone by then.
     """
     if config.init_from is None:
-        return None
+        return "eva" if config.init == "eva" else None
     try:
         folder = locate_adapter(config.init_from)
         refuse_other_adapter(folder, config, base, targets)
@@ -52,21 +54,29 @@ def find_start(
 
 
 def start_adapters(module: Any) -> None:
-    """Begin a fresh run of a ``QLoRAModule`` where ``model.lora`` says.
+    """Do what a ``QLoRAModule`` begins with, once; nothing if a checkpoint has brought it all.
 
     Raises:
-        ConfigurationError: if it cannot begin there.
+        ConfigurationError: if it cannot begin as ``model.lora`` says.
     """
-    config, trainer = module.lora, module.trainer
-    if isinstance(module.start, ConfigurationError):
-        raise module.start
-    if module.start is not None:
-        start_at_adapter(module.model, module.start)
-    elif config.init == "eva" and trainer.state.fn == "fit":
-        start_at_activations(module.model, trainer.datamodule.first_batches(EVA_BATCHES))
-        if trainer.world_size > 1:  # each device has found them, perhaps not to the last bit
-            for tensor in module.trained_tensors().values():
-                torch.distributed.broadcast(tensor.data, src=0)
+    start, trainer = module.start, module.trainer
+    if trainer.ckpt_path is None:
+        if isinstance(start, ConfigurationError):
+            raise start
+        if isinstance(start, Path):
+            start_at_adapter(module.model, start)
+        if start == "eva":
+            if trainer.state.fn != "fit":
+                return  # B is zero, so that A does not matter; its rows may not be there
+            start_at_activations(module.model, trainer.datamodule.first_batches(EVA_BATCHES))
+            _share(module.trained_tensors(), trainer.world_size)
+    module.start = None
+
+
+def _share(tensors: dict[str, nn.Parameter], world_size: int) -> None:
+    # Each device has computed them, perhaps not to the last bit.
+    for tensor in tensors.values() if world_size > 1 else ():
+        torch.distributed.broadcast(tensor.data, src=0)
 
 
 def locate_adapter(name: str) -> Path:
@@ -136,7 +146,7 @@ def refuse_other_adapter(
         )
     problems += _other_kind(folder, saved)
     method = "dora" if saved.get("use_dora") else "lora"
-    pairs = [("method", method, config.method)]
+    pairs: list[tuple[str, Any, Any]] = [("method", method, config.method)]
     pairs += [(key, saved.get(theirs), getattr(config, key)) for key, theirs in COMPARED.items()]
     for key in ("rank_pattern", "alpha_pattern"):
         theirs, ours = saved.get(key) or {}, getattr(config, key)

@@ -206,7 +206,7 @@ def refuse_unfit_ranks(model: nn.Module, config: LoRAConfig, targets: list[str])
                     f"{did_you_mean(name, _last_parts(targets))}"
                 )
     for target, named in by_module(config.rank_pattern, targets, None).items():
-        most = min(model.get_submodule(target).weight.shape)  # type: ignore[arg-type, union-attr]
+        most = min(model.get_submodule(target).weight.shape)  # type: ignore[arg-type]
         rank = config.r if named is None else named
         if rank > most:
             key = "r" if named is None else "rank_pattern"

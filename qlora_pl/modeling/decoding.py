@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_pl.batch import PromptBatch
 from qlora_pl.errors import ConfigurationError
 
 
@@ -66,6 +67,26 @@ class DecodingConfig:
                 "top_k": self.top_k,  # 0, not None, which transformers would read as its 50
             }
         return arguments
+
+
+def answer_rows(
+    model: nn.Module,
+    tokenizer: Any,
+    batch: PromptBatch,
+    stop_ids: Collection[int],
+    config: DecodingConfig,
+) -> list[dict[str, Any]]:
+    """Answer a batch of prompts: one mapping a row, with its number, prompt, answer, reference."""
+    if not batch["prompts"]:  # the end of a split that does not divide by the devices
+        return []
+    answers = generate_answers(
+        model, tokenizer, batch["input_ids"], batch["attention_mask"], stop_ids, config
+    )
+    columns = (batch["row_ids"].tolist(), batch["prompts"], answers, batch["references"])
+    return [
+        {"row": row, "prompt": prompt, "answer": answer, "reference": reference}
+        for row, prompt, answer, reference in zip(*columns, strict=True)
+    ]
 
 
 def generate_answers(

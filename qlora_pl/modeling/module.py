@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.errors import CheckpointError, ConfigurationError
-from qlora_pl.modeling.adapter_start import find_start, start_adapters
+from qlora_pl.errors import CheckpointError
+from qlora_pl.modeling.adapter_start import Start, find_start, start_adapters
 from qlora_pl.modeling.adapters import (
     LoRAConfig,
     attach_adapters,
@@ -33,7 +32,7 @@ from qlora_pl.modeling.adapters import (
     resolve_targets,
 )
 from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
-from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
+from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
 from qlora_pl.modeling.full_training import refuse_packed_weights, train_all_weights
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
@@ -132,8 +131,7 @@ class QLoRAModule(LightningModule):
         self._micro_batches: list[MicroBatch] = []
         self._skipped = SkippedSteps()
         self._resumed: dict[str, Any] | None = None
-        self.start: Path | ConfigurationError | None = None
-        self._has_begun = False
+        self.start: Start = None
         self._val_nats, self._val_tokens = SumMetric(), SumMetric()
         for metric in (self._val_nats, self._val_tokens):
             metric.set_dtype(torch.float64)  # a float32 sum of many nats loses the small ones
@@ -216,13 +214,8 @@ class QLoRAModule(LightningModule):
             strategy.precision_plugin = plugin
 
     def on_fit_start(self) -> None:
-        """Begin where ``model.lora`` says, unless a checkpoint has brought every trained tensor.
-
-        The first hook that knows of a checkpoint: Lightning names it when it reads it.
-        """
-        if not self._has_begun and self.trainer.ckpt_path is None:
-            start_adapters(self)
-        self._has_begun = True
+        """Begin where ``model.lora`` says; earlier hooks cannot tell whether a run is resumed."""
+        start_adapters(self)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
@@ -296,22 +289,10 @@ class QLoRAModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers, one mapping a row: row, prompt, answer, reference."""
-        if not batch["prompts"]:  # the end of a split that does not divide by the devices
-            return []
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        answers = generate_answers(
-            self._adapted,
-            data.tokenizer,
-            batch["input_ids"],
-            batch["attention_mask"],
-            data.encoder.stop_ids,
-            self.decoding,
+        return answer_rows(
+            self._adapted, data.tokenizer, batch, data.encoder.stop_ids, self.decoding
         )
-        columns = (batch["row_ids"].tolist(), batch["prompts"], answers, batch["references"])
-        return [
-            {"row": row, "prompt": prompt, "answer": answer, "reference": reference}
-            for row, prompt, answer, reference in zip(*columns, strict=True)
-        ]
 
     @property
     def _adapted(self) -> nn.Module:

@@ -35,7 +35,7 @@ def keep_trained_biases_in(model: nn.Module, dtype: torch.dtype) -> None:
                 "trained in float32; use lora_only or none."
             )
         bias.data = bias.data.to(dtype)
-        module.__class__ = _bias_casting(type(module))  # type: ignore[assignment]
+        module.__class__ = _bias_casting(type(module))  # type: ignore[arg-type]
 
 
 @cache

@@ -7,7 +7,6 @@ however that process dies; a file that merely existed would outlive a ``kill -9`
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -15,6 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from qlora_pl.errors import ConfigurationError
+
+try:
+    import fcntl
+except ImportError:  # Windows has other locks
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ class RunLock:
             ) from error
         _held.add(self._descriptor)
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "no file locks")
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(self._descriptor, 1000).decode(errors="replace") or "another process"
@@ -77,4 +83,5 @@ def _close_in_child() -> None:
             os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)

@@ -45,6 +45,7 @@ def expected(name: str, answers: list[str]) -> str:
         "alpaca": (" ", "</s>"),
         "guanaco": (" ", "</s>"),
         "instruction-response": ("", "</s>"),
+        "plain": (" ", "</s>"),
         "chat": ("", "<|im_end|>"),
     }[name]
     return "".join(before + answer + stop for answer in answers)

@@ -26,6 +26,7 @@ from qlora_pl.modeling.packed_cache import packed_folder
 from qlora_pl.modeling.parameters import count_parameters
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig, bits_per_weight, packed_bytes
+from runs import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 KINDS = [

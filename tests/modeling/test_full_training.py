@@ -36,7 +36,7 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.training.run_folder import newest_verified
-from runs import fit, logits, make_row, make_trainer
+from runs import fit, logits, make_row, make_trainer, one_thread  # noqa: F401
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 
@@ -96,8 +96,9 @@ def plain(folder: Path, **settings: Any) -> Any:
 # --- training -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
-@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "adamw_torch"])
+@pytest.mark.parametrize(
+    ("compute", "optimizer"), [("bfloat16", "adamw_torch"), ("float32", "paged_adamw_32bit")]
+)
 def test_gradients_are_plain_torchs_on_the_same_batch(
     compute: str,
     optimizer: str,

@@ -28,7 +28,7 @@ from qlora_pl.modeling.loss import causal_lm_loss
 from qlora_pl.modeling.parameters import count_parameters, trainable_tensors
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig, bits_per_weight, packed_bytes
-from runs import fit, logits, make_row
+from runs import fit, logits, make_row, one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 LORA = LoRAConfig(r=4, bias="all")

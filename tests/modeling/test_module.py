@@ -545,7 +545,7 @@ def test_a_second_start_of_the_same_module_loads_nothing_again(tiny_base):
             QuantizationConfig(skip_modules=("0.mlp.up_proj",)),
             [
                 "13 matrices in nf4, blocks of 64, double_quant",
-                "not in 4 bits, as asked: model.layers.0.mlp.up_proj.weight",
+                "not quantised: model.layers.0.mlp.up_proj.weight",
             ],
         ),
     ],

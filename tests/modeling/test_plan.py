@@ -33,6 +33,8 @@ from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.modeling.plan import QuantizationPlan, build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.structure import is_plain_product, linear_names, matrices
+from qlora_pl.modeling.summary import summarize
+from runs import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 LORA = LoRAConfig(r=4)
@@ -449,6 +451,9 @@ def test_a_family_that_nobody_listed_computes_what_its_float32_twin_does(
     assert all(any(name.endswith(f".{end}") for end in expected) for name in kept)
     assert all(any(name.endswith(f".{end}") for name in kept) for end in expected)
     assert compute_cost(loaded.model).matrices > 0
+    listed = summarize("a base", loaded.model, loaded, NF4).partition("not quantised: ")[2]
+    assert bool(listed) is bool(kept)
+    assert all(name in listed for name in sorted(kept)[:1])
 
 
 def test_a_small_convolution_is_kept_and_a_large_one_refused_with_its_share(

@@ -27,7 +27,7 @@ from qlora_pl.modeling.loading import LoadedBase, load_base
 from qlora_pl.modeling.plan import build_skeleton
 from qlora_pl.modeling.prequantized import is_prequantized, make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
-from runs import fit, logits
+from runs import fit, logits, one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 HELD = {
@@ -150,9 +150,10 @@ def test_what_plain_transformers_saved_loads_bit_for_bit(
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_types_are_the_runs_and_not_the_checkpoints(compute: str, prepared: Any) -> None:
+@pytest.mark.parametrize("kind", ["nf4+dq", "nf4 in words"])
+def test_types_are_the_runs_and_not_the_checkpoints(compute: str, kind: str, prepared: Any) -> None:
     """The checkpoint was made to be multiplied in float16, with its rest in bfloat16."""
-    loaded = load(prepared("nf4+dq"), compute_dtype=compute)
+    loaded = load(prepared(kind), **HELD[kind], compute_dtype=compute)
     dtype = getattr(torch, compute)
     assert {layer.compute_dtype for layer in packed_layers(loaded.model)} == {dtype}
     rest = {p.dtype for n, p in loaded.model.named_parameters() if n not in loaded.plan.quantized}
