@@ -1,8 +1,8 @@
 """DoRA's arithmetic over a packed base: the length of each row of W + BA apart from its direction.
 
-PEFT alone would, over bfloat16 activations, round a row's length to eight bits, which turns the
-whole row one way by up to 0.4 %; and over int8 on a CPU it loses the base's scales at the second
-forward.
+Multiplied in bfloat16, PEFT's own layer rounds a row's length to eight bits, which makes the whole
+row too long or too short by up to 0.4 %; and over int8 on a CPU it loses the base's scales at the
+second forward.
 """
 
 from __future__ import annotations

@@ -15,10 +15,8 @@ import torch
 from torch import nn
 
 from qlora_pl.errors import ConfigurationError, HardwareError
-from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.identity import BaseIdentity, weight_files
 from qlora_pl.modeling.packed_cache import packed_folder, verify_packed, write_packed
-from qlora_pl.modeling.parameters import int8_scales
 from qlora_pl.modeling.plan import AttentionKernel, QuantizationPlan, kernel_name
 from qlora_pl.modeling.prequantized import is_prequantized
 from qlora_pl.modeling.quantization import (
@@ -28,11 +26,9 @@ from qlora_pl.modeling.quantization import (
     resolve_compute_dtype,
 )
 from qlora_pl.modeling.replacement import planned_replacement
+from qlora_pl.modeling.verification import account_for, refuse_broken_forward
 
 logger = logging.getLogger(__name__)
-
-PROBE_TOKENS = 8
-"""Length of the row that a loaded base is asked for."""
 
 
 @dataclass(frozen=True)
@@ -203,103 +199,6 @@ def bitsandbytes_config(
     )
 
 
-def account_for(model: nn.Module, plan: QuantizationPlan, config: QuantizationConfig) -> None:
-    """Hold what was loaded against the plan, matrix by matrix.
-
-    Raises:
-        ConfigurationError: naming the matrices that are not what was asked for.
-    """
-    wrong = []
-    for name, shape in plan.quantized.items():
-        weight: Any = model.get_parameter(name)
-        found, found_shape = _kind_of(weight)
-        if found is None:
-            wrong.append(f"{name} ({str(weight.dtype).split('.')[-1]})")
-        elif sorted(found_shape) != sorted(shape):  # sorted: GPT-2's are packed transposed
-            raise ConfigurationError(
-                f"model.model_name_or_path: '{name}' has the shape {tuple(found_shape)} on disk, "
-                f"and config.json asks for {shape}; they are not of the same model."
-            )
-        elif found != wanted_kind(config):
-            wrong.append(f"{name} ({', '.join(str(part) for part in found)})")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ConfigurationError(
-            f"model.quantization: {len(wrong)} of {len(plan.quantized)} weight matrices are not "
-            f"{config.quant_type} after loading: {', '.join(wrong[:3])}{more}; list them in "
-            "model.quantization.skip_modules to keep them as they are."
-        )
-
-
-def wanted_kind(config: QuantizationConfig) -> tuple[str, ...]:
-    """What ``account_for`` expects to find of a matrix: its code, block size and scales."""
-    if not config.is_four_bits:
-        return (config.quant_type,)
-    scales = "double_quant" if config.uses_double_quant else "plain scales"
-    return (config.quant_type, f"blocks of {config.block_size}", scales)
-
-
-def _kind_of(weight: Any) -> tuple[tuple[str, ...] | None, torch.Size]:
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        scales = "double_quant" if state.nested else "plain scales"
-        return (state.quant_type, f"blocks of {state.blocksize}", scales), state.shape
-    is_int8 = weight.dtype == torch.int8 and getattr(weight, "SCB", None) is not None
-    return (("int8",) if is_int8 else None), weight.shape
-
-
-def refuse_broken_forward(
-    model: nn.Module, compute_dtype: torch.dtype, plan: QuantizationPlan
-) -> None:
-    """One row through the loaded model: its logits are there and are numbers.
-
-    A family that reads a weight itself instead of calling its layer fails on packed bytes, and one
-    that rescales weights between training and evaluation (RWKV) multiplies codes; a base whose
-    activations leave float16's range gives infinities.
-
-    Raises:
-        ConfigurationError: with what to do.
-    """
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    row = torch.arange(PROBE_TOKENS, device=embedding.device).remainder(embedding.shape[0])
-    autocast = torch.autocast(
-        embedding.device.type, compute_dtype, enabled=compute_dtype == torch.float16
-    )
-    before = _versions(model, plan)
-    try:
-        with evaluation_mode(model), torch.no_grad(), autocast:
-            logits = model(input_ids=row.unsqueeze(0), use_cache=False).logits
-    except Exception as error:
-        raise ConfigurationError(
-            f"model.model_name_or_path: the loaded {type(model).__name__} cannot be run "
-            f"({(str(error).splitlines() or [type(error).__name__])[0]}); if it uses a weight "
-            "outside its layer, list that layer in model.quantization.skip_modules."
-        ) from error
-    after = _versions(model, plan)
-    if changed := [name for name in before if before[name] != after[name]]:
-        raise ConfigurationError(
-            f"model.model_name_or_path: '{changed[0]}' is changed by a forward pass of the loaded "
-            f"{type(model).__name__}, which would spoil its packed bytes; list "
-            f"'{changed[0].split('.')[-2]}' in model.quantization.skip_modules."
-        )
-    if not logits.isfinite().all():
-        name = str(compute_dtype).split(".")[-1]
-        raise ConfigurationError(
-            f"model.quantization.compute_dtype: in {name} the base's logits are not numbers; "
-            "take float32, or bfloat16 where the device has it."
-        )
-
-
-def _versions(model: nn.Module, plan: QuantizationPlan) -> dict[str, tuple[int, ...]]:
-    """Numbers that change when a packed weight, or its int8 scales, are replaced or written to."""
-    versions: dict[str, tuple[int, ...]] = {}
-    for name in plan.quantized:
-        weight = model.get_parameter(name)
-        scales = int8_scales(model.get_submodule(name.rpartition(".")[0]))
-        versions[name] = (id(weight), weight._version, 0 if scales is None else scales._version)
-    return versions
-
-
 def keep_gradients_on_cpu(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking weights for inference on CPUs with AVX512-BF16.
 
@@ -327,8 +226,8 @@ def prepare_for_training(model: nn.Module, gradient_checkpointing: bool) -> None
         base = adapted.get_base_model() if hasattr(model, "get_base_model") else adapted
         if not base.supports_gradient_checkpointing:
             raise ConfigurationError(
-                f"model.gradient_checkpointing: transformers cannot recompute the activations of a "
-                f"{type(base).__name__}; set it to false."
+                f"model.gradient_checkpointing: transformers cannot recompute the activations of "
+                f"this {type(base).__name__}; set it to false."
             )
         # Not reentrant: works without input gradients, and under DDP marks no parameter twice.
         options = {"use_reentrant": False}

@@ -19,6 +19,12 @@ def model_card(manifest: AdapterManifest) -> str:
     base, lora = manifest.base["name"], manifest.lora
     scale = ", rank-stabilised scale" if lora["use_rslora"] else ""
     kind = "DoRA" if lora["method"] == "dora" else "LoRA"
+    some = ", others in some modules" if lora["rank_pattern"] or lora["alpha_pattern"] else ""
+    biases = {
+        "none": "",
+        "lora_only": ", biases of adapted layers trained too",
+        "all": ", every bias trained too",
+    }
     return f"""---
 base_model: {base}
 library_name: peft
@@ -30,7 +36,8 @@ tags: [lora, qlora, qlora-pl]
 Trained for {manifest.step:,} optimizer steps on {
         manifest.data.get("num_train_rows", 0):,} rows, over
 the base in {_precision(manifest)}.
-Rank {lora["r"]}, alpha {lora["alpha"]:g}{scale}, dropout {lora["dropout"]:g}; prompt template
+Rank {lora["r"]}, alpha {lora["alpha"]:g}{some}{scale}{biases[lora["bias"]]}, dropout {
+        lora["dropout"]:g}; prompt template
 `{
         manifest.template
     }`. `run.yaml` is the whole configuration; `manifest.json` holds the fingerprint of

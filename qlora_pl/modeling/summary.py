@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from qlora_pl.modeling.loading import LoadedBase, wanted_kind
+from qlora_pl.modeling.loading import LoadedBase
 from qlora_pl.modeling.parameters import count_parameters
 from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.verification import wanted_kind
 
 
 def summarize(

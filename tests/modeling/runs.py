@@ -23,7 +23,7 @@ from qlora_pl.training.run_folder import newest_verified
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Products this small are done before a second thread has woken, on a busy machine above all."""
+    """Products this small are done before a second thread has woken, if the machine is busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -722,7 +722,7 @@ def test_the_order_of_patterns_counts_as_they_are_taken_in_order(tmp_path, tiny_
     fit(tmp_path, tiny_base, rows_file, alpha_pattern=patterns)
 
 
-def test_a_checkpoint_is_validated_whatever_its_run_began_with(
+def test_a_checkpoint_or_an_adapter_is_validated_whatever_its_run_began_with(
     tmp_path, tiny_base, rows_file, first_run
 ):
     module = make_module(tiny_base, init_from=str(tmp_path / "gone"))
@@ -733,3 +733,6 @@ def test_a_checkpoint_is_validated_whatever_its_run_began_with(
     name = "model.layers.0.self_attn.q_proj.lora_B"
     tensor = module.get_parameter(f"model.base_model.model.{name}.default.weight")
     assert torch.equal(tensor, expected[f"base_model.model.{name}.weight"])
+    named = make_module(tiny_base, init_from=str(first_run / "adapter"))
+    make_trainer(tmp_path).validate(named, make_data(rows_file), verbose=False)
+    assert named.last_evaluation == module.last_evaluation
