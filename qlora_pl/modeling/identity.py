@@ -287,7 +287,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def file_digest(path: Path, known: Path) -> str:
-    """SHA-256 of a file, remembered like a tensor's (a 65B's packed weights are 35 GB)."""
+    """SHA-256 of a file, remembered like a tensor's."""
     status = path.stat()
     signature = f"file|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
     return _remembered(known, signature, lambda: {"sha256": sha256_file(path)})["sha256"]

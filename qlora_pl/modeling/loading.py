@@ -99,7 +99,7 @@ def load_base(
             if is_packed:
                 model, source = _from_pretrained(identity.folder, arguments), "quantised already"
                 _cast_unquantized(model, plan, rest_dtype)  # transformers keeps the checkpoint's
-            elif keep_copy and verify_packed(packed, cache_dir):
+            elif keep_copy and verify_packed(packed):
                 model, source = _from_pretrained(packed, arguments), "read from the cache"
             else:
                 arguments["quantization_config"] = bitsandbytes_config(config, compute_dtype, plan)

@@ -19,7 +19,7 @@ from torch import nn
 
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import TEMPORARY_PREFIX, sha256_file, write_json
-from qlora_pl.modeling.identity import BaseIdentity, cache_root, file_digest
+from qlora_pl.modeling.identity import BaseIdentity, cache_root
 from qlora_pl.modeling.quantization import BLOCK_SIZE, QuantizationConfig
 
 logger = logging.getLogger(__name__)
@@ -58,22 +58,24 @@ def packed_folder(
     return cache_root(cache_dir) / "packed" / "-".join(parts)
 
 
-def verify_packed(folder: Path, cache_dir: str | None) -> bool:
-    """Whether a packed copy is there and every file of it is what was written."""
+def verify_packed(folder: Path) -> bool:
+    """Whether a packed copy is there and every byte of it is what was written.
+
+    It is read in full at every start (35 GB for a 65B: some 20 seconds, and the pages are wanted
+    next anyway): a bit that rots leaves a file's size and time as they were.
+    """
     record = folder / "packed.json"
     if not record.is_file():
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # written whole, or spoilt since: see write_packed
+        # Written whole, or spoilt since: see write_packed.
+        shutil.rmtree(folder, ignore_errors=True)
         return False
-    known = cache_root(cache_dir) / "fingerprints"
     try:
         files: dict[str, str] = json.loads(record.read_text())["files"]
     except (ValueError, KeyError, TypeError):
         files = {record.name: "unreadable"}
     for name, digest in files.items():
         path = folder / name
-        if not path.is_file() or file_digest(path, known) != digest:
+        if not path.is_file() or sha256_file(path) != digest:
             logger.warning("'%s' was altered since it was written; quantising again.", path)
             shutil.rmtree(folder, ignore_errors=True)
             return False

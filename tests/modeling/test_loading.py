@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -466,6 +467,18 @@ def test_code_in_the_folder_runs_only_where_it_is_trusted(base, tmp_path, monkey
     assert (made.is_from_cache, read.is_from_cache) == (False, True)
     assert type(read.model).__name__ == "OwnModel"
     assert quantized_modules(read.model) == LLAMA_LINEARS
+
+
+def test_a_bit_that_rots_leaves_size_and_time_alone_and_is_noticed(tiny_base, cache):
+    load(tiny_base, cache=True)
+    (weights,) = cache.glob("packed/*/model.safetensors")
+    before, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_mtime_ns == before.st_mtime_ns
+    assert not load(tiny_base, cache=True).is_from_cache
+    assert load(tiny_base, cache=True).is_from_cache
 
 
 # --- ready to train -------------------------------------------------------------------------------
