@@ -119,9 +119,8 @@ import os, sys, time
 from pathlib import Path
 from qlora_pl.training.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
-child = os.fork()
-if child:
-    print(child, flush=True)
+if not os.fork():
+    print(os.getpid(), flush=True)  # by now the child has let go of what it inherited
 time.sleep(60)
 """
 
