@@ -85,8 +85,23 @@ def step_seconds(model: Any, batches: list[Any], count: int) -> list[float]:
     return seconds[1:]
 
 
+def guard_seconds(folder: str, batches: list[Any], is_guarded: bool) -> float:
+    """A pass over batches without gradients, with and without bitsandbytes' inference kernel."""
+    model: Any = load(folder, KINDS["nf4 + double"]).model.eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = not is_guarded
+    validation_loss(model.eval(), batches[:1])  # repacks, where it may
+    model.eval()
+    started = time.perf_counter()
+    with torch.no_grad():
+        for batch in batches:
+            causal_lm_loss(model, batch)
+    return time.perf_counter() - started
+
+
 def main() -> None:
-    """Print one line a kind."""
+    """Print one line a kind, then what the guard of ``keep_gradients_on_cpu`` costs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default=".cache/quickstart/SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=4)
@@ -119,6 +134,9 @@ def main() -> None:
             f"({min(seconds):.2f} to {max(seconds):.2f}) |",
             flush=True,
         )
+    if torch.cpu._is_avx512_bf16_supported():
+        with_it, without = (guard_seconds(arguments.base, validation, g) for g in (True, False))
+        print(f"a validation pass: {with_it:.2f} s with the guard, {without:.2f} s without")
 
 
 if __name__ == "__main__":

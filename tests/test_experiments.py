@@ -252,9 +252,11 @@ def test_the_fifty_prompts_take_sixty_five_steps(
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
-def test_hub_models_and_datasets_are_pinned_or_the_file_says_why_not(path: Path) -> None:
+def test_hub_models_and_datasets_are_pinned_or_the_file_says_why_not(
+    path: Path, quickstart_base: None
+) -> None:
     (run,) = read_runs([["--config", str(path)]])
-    if is_hub_name(run.model.model_name_or_path) and "quickstart" not in path.stem:
+    if is_hub_name(run.model.model_name_or_path):
         assert re.fullmatch("[0-9a-f]{40}", str(run.model.revision)), path.name
     for source in [*run.data.sources.sources, *run.data.val_sources.sources]:
         if not Path(source.path).suffix:

@@ -16,6 +16,7 @@ import torch
 from conftest import save_base
 from families import BY_NAME
 from safetensors.torch import load_file
+from small_runs import one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,7 +27,6 @@ from qlora_pl.modeling.packed_cache import packed_folder
 from qlora_pl.modeling.parameters import count_parameters
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig, bits_per_weight, packed_bytes
-from runs import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 KINDS = [

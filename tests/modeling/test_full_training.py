@@ -21,6 +21,7 @@ from conftest import save_base
 from families import BY_NAME
 from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
+from small_runs import fit, logits, make_row, make_trainer, one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +37,6 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.training.run_folder import newest_verified
-from runs import fit, logits, make_row, make_trainer, one_thread  # noqa: F401
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

@@ -18,6 +18,7 @@ from bitsandbytes.nn import Linear8bitLt
 from families import BY_NAME
 from plain_peft import reload_with_plain_peft
 from safetensors.torch import load_file
+from small_runs import fit, logits, make_row, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError
@@ -28,7 +29,6 @@ from qlora_pl.modeling.loss import causal_lm_loss
 from qlora_pl.modeling.parameters import count_parameters, trainable_tensors
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig, bits_per_weight, packed_bytes
-from runs import fit, logits, make_row, one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 LORA = LoRAConfig(r=4, bias="all")

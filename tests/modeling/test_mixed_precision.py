@@ -17,6 +17,7 @@ import torch
 from adapter_runs import Killed, make_data
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from small_runs import fit, logits, make_trainer, one_thread  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +30,6 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.training.run_folder import newest_verified
-from runs import fit, logits, make_trainer, one_thread  # noqa: F401
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

@@ -15,6 +15,7 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
 from families import COMMON, LLAMA_LIKE, Family
+from small_runs import one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,7 +35,6 @@ from qlora_pl.modeling.plan import QuantizationPlan, build_skeleton, plan_quanti
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.structure import is_plain_product, linear_names, matrices
 from qlora_pl.modeling.summary import summarize
-from runs import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 LORA = LoRAConfig(r=4)

@@ -19,6 +19,7 @@ from conftest import CHAT_TEMPLATE, save_base, save_tokenizer
 from families import BY_NAME
 from plain_peft import reload_with_plain_peft
 from safetensors.torch import load_file, save_file
+from small_runs import fit, logits, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError
@@ -27,7 +28,6 @@ from qlora_pl.modeling.loading import LoadedBase, load_base
 from qlora_pl.modeling.plan import build_skeleton
 from qlora_pl.modeling.prequantized import is_prequantized, make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
-from runs import fit, logits, one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 HELD = {
