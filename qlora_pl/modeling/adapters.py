@@ -1,4 +1,4 @@
-"""A frozen base -> the same base with LoRA adapters, chosen, seeded, counted and collected.
+"""A frozen base -> the same base with LoRA adapters, chosen, seeded and attached.
 
 PEFT does the arithmetic, so that every PEFT program can load what is trained here. Ours are the
 choice of modules, the type that adapters are kept and multiplied in, and the seed of their start.

@@ -29,6 +29,7 @@ from qlora_pl.training.resuming import (
 )
 from qlora_pl.training.run_folder import (
     checkpoint_path,
+    damage,
     digest_path,
     newest_verified,
     product_path,
@@ -74,7 +75,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: if the file is not what was written.
         """
-        if not verifies(Path(path)):
+        if damage(Path(path), anew=True) is not None:
             raise CheckpointError(f"'{path}' is damaged or has no digest; use another checkpoint.")
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return loaded

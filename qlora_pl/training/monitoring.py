@@ -157,25 +157,11 @@ class RunMetrics(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the rows that ``validate`` scored."""
+        """Count the rows that ``validate`` and ``test`` scored."""
         if trainer.state.fn != "fit":
             self.totals["rows"] += int((batch["row_ids"] != FILLER_ROW).sum())
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count the rows that ``test`` scored."""
-        self.totals["rows"] += int((batch["row_ids"] != FILLER_ROW).sum())
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up the rows of all devices."""
-        self._sum_rows(trainer)
+    on_test_batch_end = on_validation_batch_end
 
     def on_predict_batch_end(
         self,
@@ -189,9 +175,11 @@ class RunMetrics(Callback):
         """Count the prompts answered."""
         self.totals["rows"] += len(outputs)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the rows of all devices."""
         self._sum_rows(trainer)
+
+    on_predict_end = on_test_end
 
     def _sum_rows(self, trainer: Trainer) -> None:
         own = torch.tensor(int(self.totals["rows"]), device=trainer.strategy.root_device)
@@ -273,8 +261,8 @@ class RunMetrics(Callback):
         if not row:
             return
         step = int(row["step"])
-        self.last |= {name: value for name, value in row.items() if name not in ("step", "epoch")}
         values = {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        self.last |= values
         for log in trainer.loggers:
             log.log_metrics(values, step=step)
         if trainer.is_global_zero:

@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +113,34 @@ def step_of(checkpoint: Path) -> int:
     return int(found[1]) if found else -1
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not, byte for byte, what was written, in a clause; or None."""
+def damage(checkpoint: Path, anew: bool = False) -> str | None:
+    """Why a checkpoint is not, byte for byte, what was written, in a clause; or None.
+
+    Args:
+        checkpoint: The file.
+        anew: Whether to hash it even if this process has, and it has not been written to since.
+    """
     record = digest_path(checkpoint)
     if not checkpoint.is_file():
         return "it is missing"
     if not record.is_file():
         return f"{record.name} is missing"
-    if record.read_text().split()[:1] != [sha256_file(checkpoint)]:
+    if record.read_text().split()[:1] != [_digest(checkpoint, anew)]:
         return f"its SHA-256 is not what {record.name} says"
     return None
+
+
+def _digest(checkpoint: Path, anew: bool) -> str:
+    """A start asks about the same gigabytes half a dozen times, and hashes them twice."""
+    if anew:
+        return sha256_file(checkpoint)
+    status = checkpoint.stat()
+    return _hashed(checkpoint.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hashed(checkpoint: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(checkpoint)
 
 
 def verifies(checkpoint: Path) -> bool:

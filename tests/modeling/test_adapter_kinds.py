@@ -320,7 +320,12 @@ def test_patterns_and_ranks_that_fit_no_layer_are_refused(tiny_base, settings, w
 def test_a_rank_as_high_as_a_layer_is_small_is_allowed(tiny_base):
     skeleton = build_skeleton(tiny_base)
     config = LoRAConfig(r=64, rank_pattern={"k_proj|v_proj": 32})
-    refuse_unfit_ranks(skeleton, config, resolve_targets(skeleton, config))
+    targets = resolve_targets(skeleton, config)
+    refuse_unfit_ranks(skeleton, config, targets)
+    model = attach_adapters(load(tiny_base).model, config, seed=0)
+    ranks = {name: layer.r["default"] for name, layer in layers_of(model).items()}
+    assert len(ranks) == len(targets)
+    assert set(ranks.values()) == {32, 64}
 
 
 @pytest.mark.parametrize("pattern", ["(", "a)(b", "(?i)Q_PROJ"])

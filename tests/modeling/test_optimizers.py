@@ -333,8 +333,14 @@ def test_state_moves_between_a_paged_optimizer_and_its_ordinary_sibling():
     parameters = make_parameters()
     paged = build_optimizer(OptimizerConfig(name="paged_adamw_32bit"), parameters.items())
     ordinary = build_optimizer(OptimizerConfig(name="adamw_32bit"), parameters.items())
+    train(paged, parameters, [0])
     saved = named_optimizer_state(paged, parameters.items())
     ordinary.load_state_dict(optimizer_state_from_names(saved, ordinary, parameters.items()))
+    for parameter in parameters.values():
+        assert paged.state[parameter]["state1"].any()
+        for key in ("state1", "state2"):
+            moved = ordinary.state[parameter][key]
+            assert torch.equal(moved, paged.state[parameter][key])
 
 
 def test_numpy_numbers_in_a_group_are_kept_as_python_numbers():
