@@ -27,6 +27,7 @@ from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.run_folder import newest_verified
 
+CPU = torch.device("cpu")
 IDS = torch.arange(5, 37).reshape(2, 16)
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -41,7 +42,11 @@ def one_thread() -> Iterator[None]:
 
 
 def load(
-    folder: Path, compute: str = "float32", quant_type: str = "nf4", **settings: Any
+    folder: Path,
+    compute: str = "float32",
+    quant_type: str = "nf4",
+    device: torch.device = CPU,
+    **settings: Any,
 ) -> LoadedBase:
     config = QuantizationConfig(
         compute_dtype=compute,  # type: ignore[arg-type]
@@ -51,7 +56,7 @@ def load(
     )
     plan = plan_quantization(build_skeleton(folder), config)
     identity = identify_base(str(folder), None, None)
-    return load_base(identity, config, plan, device=torch.device("cpu"))
+    return load_base(identity, config, plan, device=device)
 
 
 def twin_of(loaded: LoadedBase, folder: Path) -> nn.Module:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,22 @@ def tokenizer(tiny_base: Path) -> Any:
     from qlora_pl.data.encoding import load_tokenizer
 
     return load_tokenizer(str(tiny_base))
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny model, by its name, made when it is first asked for."""
+    from families import BY_NAME
+
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("family") / re.sub(r"\W+", "-", name)
+            made[name] = BY_NAME[name].save(folder)
+        return made[name]
+
+    return get
 
 
 ROWS = [

@@ -123,7 +123,8 @@ def test_every_kind_of_optimizer_steps(
 def test_a_familys_loss_and_gradients_are_its_float32_twins(family: Family, tmp_path: Path) -> None:
     """1e-3 of the largest gradient: float32 products on a GPU, TF32 off."""
     sys.path.insert(0, str(Path(__file__).parent / "modeling"))
-    from test_families import LORA, give_random_b, load, loss_and_gradients, twin_of
+    from adapter_runs import load, twin_of
+    from test_families import LORA, give_random_b, loss_and_gradients
 
     from qlora_pl.modeling.adapters import attach_adapters
     from qlora_pl.modeling.loading import prepare_for_training

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from adapter_runs import KillAt, make_data
+from adapter_runs import KillAt, make_data, one_thread  # noqa: F401 (for files that import it)
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 
@@ -19,15 +18,6 @@ from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.run_folder import newest_verified
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Products this small are done before a second thread has woken, if the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_trainer(folder: Path, *callbacks: Callback, **changes: Any) -> Trainer:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -23,7 +21,7 @@ from adapter_runs import (
     plain_peft,
     twin_of,
 )
-from families import BY_NAME, Saver
+from families import BY_NAME
 from lightning.pytorch import Callback, Trainer
 from plain_peft import reload_with_plain_peft
 from torch import Tensor, nn
@@ -46,20 +44,6 @@ PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 DORA = LoRAConfig(r=4, method="dora")
 WITH_BIASES = ["GPT-2", "OPT", "BLOOM", "Qwen2", "GPT-NeoX, Pythia", "Falcon RW"]
 over_every_base = pytest.mark.parametrize("quant_type", ["nf4", "int8", "none"])
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saver:
-    """The folder of a family's tiny model, made when it is first asked for."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("family") / re.sub(r"\W+", "-", name)
-            made[name] = BY_NAME[name].save(folder)
-        return made[name]
-
-    return get
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:

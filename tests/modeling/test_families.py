@@ -6,32 +6,21 @@ dequantised weights, with the same adapters.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from bitsandbytes import functional as bnb
+from adapter_runs import Killed, digest, fit, load, twin_of
 from bitsandbytes.nn import Linear4bit
-from families import BY_NAME, FAMILIES, Family, Saver
-from lightning.pytorch import Callback, Trainer, seed_everything
+from families import FAMILIES, Family, Saver
 from plain_peft import reload_with_plain_peft
 from torch import Tensor, nn
 
-from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
+from qlora_pl.modeling.loading import prepare_for_training
 from qlora_pl.modeling.loss import causal_lm_loss
-from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.monitoring import RunMetrics
-from qlora_pl.training.run_folder import newest_verified
 
 CPU = torch.device("cpu")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
@@ -41,43 +30,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in t
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saver:
-    """The folder of a family's tiny model, made when it is first asked for."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("family") / re.sub(r"\W+", "-", name)
-            made[name] = BY_NAME[name].save(folder)
-        return made[name]
-
-    return get
-
-
-def load(folder: Path, device: torch.device = CPU, **settings: Any) -> LoadedBase:
-    config = QuantizationConfig(**{"cache": False, "compute_dtype": "float32"} | settings)
-    plan = plan_quantization(build_skeleton(folder), config)
-    return load_base(identify_base(str(folder), None, None), config, plan, device=device)
-
-
 def make_batch(device: torch.device = CPU) -> dict[str, Tensor]:
     ids = torch.arange(5, 37, device=device).reshape(2, 16)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def twin_of(loaded: LoadedBase, folder: Path) -> nn.Module:
-    """Plain transformers in float32, whose linears hold what the packed ones decode to."""
-    from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for name in loaded.plan.quantized:
-        packed: Any = loaded.model.get_parameter(name)
-        values = bnb.dequantize_4bit(packed.data, packed.quant_state).float()
-        module = twin.get_submodule(name.rpartition(".")[0])
-        module.weight.data = values.t().contiguous() if isinstance(module, Conv1D) else values
-    return twin
 
 
 def give_random_b(model: nn.Module) -> None:
@@ -135,60 +90,17 @@ def test_loss_and_gradients_are_the_float32_twins(family: Family, saved: Saver) 
     torch.testing.assert_close(validated, expected, rtol=1e-5, atol=0)
 
 
-class Killed(Exception):
-    """Stands for a kill, within one process."""
-
-
-class KillAt(Callback):
-    """Stops the process before a step."""
-
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise Killed
-
-
-def fit(folder: Path, base: Path, rows: Path, kill_at: int | None = None) -> QLoRAModule:
-    seed_everything(3)
-    module = QLoRAModule(
-        str(base),
-        lora=LoRAConfig(r=4, dropout=0.1),
-        optimizer=OptimizerConfig(lr=1.0e-2),
-        quantization=QuantizationConfig(compute_dtype="float32"),
-    )
-    data = InstructionDataModule(rows, template="guanaco", val_size=2, batch_size=2, max_length=48)
-    trainer = Trainer(
-        default_root_dir=folder,
-        max_steps=3,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=1,
-        callbacks=[RunMetrics(), AdapterCheckpoint(every_n_steps=1), KillAt(kill_at)],
-    )
-    trainer.fit(module, data, ckpt_path=newest_verified(folder))
-    return module
-
-
 @every_family
 def test_a_killed_run_ends_in_the_same_bytes_and_plain_peft_reads_them(
     family: Family, saved: Saver, tmp_path: Path, rows_file: Path
 ) -> None:
     """2e-5: float32 logits of about 1, packed again by plain transformers from the same file."""
     base = saved(family.name)
-    module = fit(tmp_path / "whole", base, rows_file)
+    module = fit(tmp_path / "whole", base, rows_file, RunMetrics())
     with pytest.raises(Killed):
-        fit(tmp_path / "killed", base, rows_file, kill_at=2)
-    fit(tmp_path / "killed", base, rows_file)
-    weights = "adapter/adapter_model.safetensors"
-    assert (tmp_path / "whole" / weights).read_bytes() == (
-        tmp_path / "killed" / weights
-    ).read_bytes()
+        fit(tmp_path / "killed", base, rows_file, RunMetrics(), kill_at=2)
+    fit(tmp_path / "killed", base, rows_file, RunMetrics())
+    assert digest(tmp_path / "whole") == digest(tmp_path / "killed")
     row = torch.arange(5, 21).unsqueeze(0)
     assert module.model is not None
     with torch.no_grad():

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes import functional as bnb
+from adapter_runs import one_thread, twin_of  # noqa: F401
 from bitsandbytes.nn import Linear4bit
 from families import COMMON, LLAMA_LIKE, Family
-from small_runs import one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -391,20 +390,6 @@ KEPT = {  # what of the above is neither linear nor embedding, norm or head
         "rg_lru.recurrent_gate_weight", "rg_lru.recurrent_gate_bias",
     },
 }  # fmt: skip
-
-
-def twin_of(loaded: LoadedBase, folder: Path) -> nn.Module:
-    """Plain transformers in float32, whose linears hold what the packed ones decode to."""
-    from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for name in loaded.plan.quantized:
-        packed: Any = loaded.model.get_parameter(name)
-        values = bnb.dequantize_4bit(packed.data, packed.quant_state).float()
-        module = twin.get_submodule(name.rpartition(".")[0])
-        module.weight.data = values.t().contiguous() if isinstance(module, Conv1D) else values
-    return twin
 
 
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

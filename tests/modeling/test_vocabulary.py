@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_runs import make_data, make_trainer
 from conftest import save_base
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from plain_peft import reload_with_plain_peft
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.training.checkpoint import AdapterCheckpoint
 
 ROWS = 390  # embedding rows of the base; its tokenizer has 389 tokens
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
@@ -58,21 +57,8 @@ def fit(folder: Path, base: Path, tokenizer: Path, rows: Path, **settings: Any) 
         quantization=QuantizationConfig(compute_dtype="float32"),
         **settings,
     )
-    data = InstructionDataModule(
-        rows, tokenizer=str(tokenizer), template="guanaco", val_size=2, batch_size=4
-    )
-    trainer = Trainer(
-        default_root_dir=folder,
-        max_steps=3,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[AdapterCheckpoint()],
-    )
-    trainer.fit(module, data)
+    data = make_data(rows, tokenizer=str(tokenizer), batch_size=4)
+    make_trainer(folder).fit(module, data)
     return module
 
 
