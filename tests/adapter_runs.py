@@ -28,6 +28,7 @@ from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.run_folder import newest_verified
 
 CPU = torch.device("cpu")
+PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(5, 37).reshape(2, 16)
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -117,6 +118,35 @@ def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     trained = trainable_tensors(model)
     assert [name for name, p in trained.items() if p.grad is None] == []
     return loss.detach(), {name: p.grad.clone() for name, p in trained.items()}  # type: ignore
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """PEFT's layers by the names of what they adapt."""
+    """The adapted layers by their names in the base."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+def a_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every A."""
+    return {
+        n: layer.lora_A["default"].weight.detach().clone() for n, layer in layers_of(model).items()
+    }
+
+
+def assert_same_gradients(
+    gradients: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+) -> None:
+    """Apart by at most this share of the tensor's largest."""
+    assert gradients.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in gradients.items():
+        # A key's bias moves every score of a row alike: its gradient is rounding, and no scale.
+        scale = max(expected[name].abs().max(), 1e-4 * largest)
+        assert (gradient - expected[name]).abs().max() <= tolerance * scale, name
 
 
 def logits_of(model: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""DoRA, scales, ranks and trained biases against plain PEFT, float32 twins and hand arithmetic."""
+"""Scales, ranks, counts and whole runs of every kind of adapter, against plain PEFT and by hand."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ import peft
 import pytest
 import torch
 from adapter_runs import (
+    PARTS,
     Killed,
-    copy_trained,
     digest,
     fill,
     fit,
+    layers_of,
     load,
     logits_of,
-    loss_and_gradients,
     one_thread,  # noqa: F401 (a fixture of every test here)
     plain_peft,
-    twin_of,
 )
-from families import BY_NAME
-from lightning.pytorch import Callback, Trainer
 from plain_peft import reload_with_plain_peft
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import (
@@ -34,172 +31,10 @@ from qlora_pl.modeling.adapters import (
     resolve_targets,
 )
 from qlora_pl.modeling.compute import compute_cost
-from qlora_pl.modeling.loading import prepare_for_training
-from qlora_pl.modeling.parameters import adapter_tensors, count_parameters, trainable_tensors
+from qlora_pl.modeling.parameters import adapter_tensors, count_parameters
 from qlora_pl.modeling.plan import build_skeleton
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
-
-PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-DORA = LoRAConfig(r=4, method="dora")
-WITH_BIASES = ["GPT-2", "OPT", "BLOOM", "Qwen2", "GPT-NeoX, Pythia", "Falcon RW"]
-over_every_base = pytest.mark.parametrize("quant_type", ["nf4", "int8", "none"])
-
-
-def layers_of(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers by their names in the base."""
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
-    }
-
-
-def assert_same_gradients(
-    gradients: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
-) -> None:
-    """Apart by at most this share of the tensor's largest."""
-    assert gradients.keys() == expected.keys()
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in gradients.items():
-        # A key's bias moves every score of a row alike: its gradient is rounding, and no scale.
-        scale = max(expected[name].abs().max(), 1e-4 * largest)
-        assert (gradient - expected[name]).abs().max() <= tolerance * scale, name
-
-
-# --- DoRA -----------------------------------------------------------------------------------------
-
-
-@over_every_base
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_dora_starts_at_the_base(tiny_base, quant_type, compute):
-    base = load(tiny_base, compute, quant_type).model
-    expected = logits_of(base)
-    assert torch.equal(logits_of(attach_adapters(base, DORA, seed=0)), expected)
-
-
-@over_every_base
-@pytest.mark.parametrize(
-    ("compute", "kept_in"),
-    [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")],
-)
-def test_a_magnitude_is_the_length_of_its_row_in_the_adapters_type(
-    tiny_base, quant_type, compute, kept_in
-):
-    """Source: float64 lengths of the weights that the base decodes to (Liu et al. 2024, eq. 5).
-
-    A rounding to float32 is 2**-24, and sums of 64 squares are as good; to bfloat16 it is 2**-8.
-    """
-    loaded = load(tiny_base, compute, quant_type)
-    twin = twin_of(loaded, tiny_base)
-    model = attach_adapters(loaded.model, LoRAConfig(r=4, method="dora", dtype=kept_in), seed=0)
-    for name, layer in layers_of(model).items():
-        magnitude = layer.lora_magnitude_vector["default"].weight
-        assert magnitude.dtype == getattr(torch, kept_in)
-        expected = twin.get_submodule(name).weight.double().norm(dim=1)
-        bound = 2**-20 if kept_in == "float32" else 2**-8
-        assert ((magnitude - expected).abs() <= bound * expected).all(), name
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "none"])
-def test_in_float32_dora_is_plain_pefts_on_a_float32_twin(tiny_base, quant_type):
-    """1e-4 of a tensor's largest gradient: float32 sums of up to 512 products in another order."""
-    loaded = load(tiny_base, quant_type=quant_type)
-    twin = plain_peft(twin_of(loaded, tiny_base), PARTS, use_dora=True)
-    ours = attach_adapters(loaded.model, DORA, seed=0)
-    prepare_for_training(ours, gradient_checkpointing=True)
-    for moved in (False, True):
-        if moved:
-            fill(ours)
-        copy_trained(ours, twin)
-        expected_loss, expected = loss_and_gradients(twin)
-        logits_of(ours)  # a validation, after which bitsandbytes alone would lose gradients
-        loss, gradients = loss_and_gradients(ours.train())
-        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
-        assert_same_gradients(gradients, expected, tolerance=1e-4)
-        silent = [name for name, gradient in gradients.items() if not gradient.any()]
-        assert all("lora_A" in name for name in silent) is True
-        assert bool(silent) is not moved
-
-
-@over_every_base
-@pytest.mark.parametrize(
-    ("compute", "dropout"), [("float32", 0.0), ("bfloat16", 0.0), ("bfloat16", 0.1)]
-)
-def test_over_every_base_dora_trains_like_its_float32_twin(tiny_base, quant_type, compute, dropout):
-    """Over int8 activations are rounded too, to 127 steps of their largest; bfloat16 has 256.
-
-    Through two layers that moves gradients by a few percent of their norm (measured: up to 6).
-    With dropout another mask is drawn, so only that everything trains can be said.
-    """
-    loaded = load(tiny_base, compute, quant_type)
-    twin = plain_peft(twin_of(loaded, tiny_base), PARTS, use_dora=True)
-    config = LoRAConfig(r=4, method="dora", dropout=dropout)
-    ours = attach_adapters(loaded.model, config, seed=0)
-    prepare_for_training(ours, gradient_checkpointing=True)
-    fill(ours)
-    copy_trained(ours, twin)
-    _, expected = loss_and_gradients(twin)
-    for _ in range(2):
-        _, gradients = loss_and_gradients(ours)
-        assert len(gradients) == 3 * len(layers_of(ours))
-        assert all(gradient.any() for gradient in gradients.values())
-        assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
-        if not dropout:
-            for name, gradient in gradients.items():
-                error = (gradient - expected[name]).norm() / expected[name].norm()
-                assert error < 0.1, (name, error)
-
-
-@over_every_base
-def test_in_bfloat16_dora_gives_rows_the_length_that_their_magnitude_says(tiny_base, quant_type):
-    """Source: float64, y = m / |W + s B A| (W + s B A) x for each row (Liu et al. 2024, eq. 5).
-
-    Roundings of single numbers are even: over 4,096 inputs they leave 2**-8 / 64 of a row. A length
-    rounded to bfloat16 would be off by up to 2**-8, one way, for the whole row. Over int8 inputs
-    are rounded more coarsely (1/254 of the largest), evenly too.
-    """
-    loaded = load(tiny_base, "bfloat16", quant_type)
-    weight = twin_of(loaded, tiny_base).get_submodule("model.layers.0.mlp.up_proj").weight.double()
-    model = attach_adapters(loaded.model, DORA, seed=0)
-    fill(model)
-    layer = layers_of(model)["model.layers.0.mlp.up_proj"]
-    for factors in (layer.lora_A, layer.lora_B):  # they multiply as bfloat16 numbers
-        factors["default"].weight.data = factors["default"].weight.data.bfloat16().float()
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(4096, 64, generator=draw).bfloat16()
-    a, b = (getattr(layer, name)["default"].weight.double() for name in ("lora_A", "lora_B"))
-    merged = weight + 16 / 4 * b @ a
-    magnitude = layer.lora_magnitude_vector["default"].weight.double()
-    expected = x.double() @ (merged * (magnitude / merged.norm(dim=1))[:, None]).t()
-    with torch.no_grad():
-        got = layer(x)
-    assert got.dtype == torch.bfloat16
-    ratio = (got.double() * expected).sum(0) / expected.square().sum(0)
-    assert (ratio - 1).abs().max() < 5e-4
-
-
-def test_dora_and_dropout_leave_evaluation_as_it_is(tiny_base):
-    models = []
-    for dropout in (0.0, 0.5):
-        config = LoRAConfig(r=4, method="dora", dropout=dropout)
-        models.append(attach_adapters(load(tiny_base).model, config, seed=0))
-        fill(models[-1])
-    assert torch.equal(logits_of(models[0]), logits_of(models[1]))
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "none"])
-def test_dora_over_gpt2s_transposed_matrices_is_plain_pefts(saved, quant_type):
-    """Source: plain PEFT over plain transformers, whose Conv1D keeps matrices (inputs, outputs)."""
-    folder = saved("GPT-2")
-    loaded = load(folder, quant_type=quant_type)
-    twin = plain_peft(twin_of(loaded, folder), ["c_attn", "c_proj", "c_fc"], use_dora=True)
-    ours = attach_adapters(loaded.model, DORA, seed=0)
-    fill(ours)
-    copy_trained(ours, twin)
-    _, expected = loss_and_gradients(twin)
-    _, gradients = loss_and_gradients(ours)
-    assert_same_gradients(gradients, expected, tolerance=1e-4)
 
 
 # --- scales, ranks and alphas ---------------------------------------------------------------------
@@ -319,148 +154,6 @@ def test_a_pattern_that_peft_could_not_compile_is_one_sentence(pattern):
         LoRAConfig(rank_pattern={pattern: 2})
     (problem,) = caught.value.problems
     assert problem.startswith(f"model.lora.rank_pattern: '{pattern}' is not a regular expression (")
-
-
-# --- biases ---------------------------------------------------------------------------------------
-
-
-def bias_names(model: nn.Module) -> list[str]:
-    return [name for name in trainable_tensors(model) if name.endswith(".bias")]
-
-
-@pytest.mark.parametrize("name", WITH_BIASES)
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_trained_biases_get_the_float32_twins_gradients(saved, name, bias):
-    """1e-4 of the largest: float32 sums of up to 512 products in another order."""
-    folder = saved(name)
-    loaded = load(folder)
-    parts = sorted(set(BY_NAME[name].linears))
-    twin = plain_peft(twin_of(loaded, folder), parts, bias=bias)
-    ours = attach_adapters(loaded.model, LoRAConfig(r=4, bias=bias), seed=0)
-    prepare_for_training(ours, gradient_checkpointing=True)
-    fill(ours)
-    copy_trained(ours, twin)
-    expected_loss, expected = loss_and_gradients(twin)
-    logits_of(ours)
-    loss, gradients = loss_and_gradients(ours.train())
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
-    assert_same_gradients(gradients, expected, tolerance=1e-4)
-
-
-@pytest.mark.parametrize("name", [*WITH_BIASES, "Phi-1, Phi-2"])
-@over_every_base
-def test_over_bfloat16_every_bias_is_float32_and_stays_so(saved, name, quant_type):
-    """Source: what bitsandbytes does: it casts biases in place, in training and in evaluation."""
-    base = load(saved(name), "bfloat16", quant_type).model
-    biases = {n for n, _ in base.named_parameters() if n.endswith(".bias")}
-    expected = logits_of(base)
-    ours = attach_adapters(base, LoRAConfig(r=4, bias="all"), seed=0)
-    assert {n.replace(".base_layer", "")[len("base_model.model.") :] for n in bias_names(ours)} == (
-        biases
-    )
-    assert torch.equal(logits_of(ours), expected)  # training starts at the base
-    prepare_for_training(ours, gradient_checkpointing=True)
-    fill(ours)
-    for _ in range(2):
-        loss_and_gradients(ours.train())
-        logits_of(ours)
-    kept = {n: p.dtype for n, p in trainable_tensors(ours).items()}
-    assert set(kept.values()) == {torch.float32}, kept
-    assert {p.grad.dtype for p in trainable_tensors(ours).values()} == {torch.float32}
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
-def test_under_float16s_autocast_every_bias_stays_float32_too(saved, quant_type):
-    """The loss scaler cannot unscale gradients in float16; activations are of both types."""
-    base = load(saved("GPT-2"), "float16", quant_type).model
-    ours = attach_adapters(base, LoRAConfig(r=4, bias="all", method="dora"), seed=0)
-    prepare_for_training(ours, gradient_checkpointing=True)
-    fill(ours)
-    with torch.autocast("cpu", torch.float16):
-        loss_and_gradients(ours)
-        logits_of(ours)
-    trained = trainable_tensors(ours).values()
-    assert {p.dtype for p in trained} == {p.grad.dtype for p in trained} == {torch.float32}
-
-
-@pytest.mark.parametrize("name", ["GPT-2", "OPT", "Qwen2"])
-@over_every_base
-def test_over_bfloat16_trained_biases_get_nearly_the_twins_gradients(saved, name, quant_type):
-    """Source: the float32 twin; bfloat16 and int8 round activations by some 2**-8.
-
-    Measured: 4 to 12 %. A bias that is lost, or added twice, is off by more than its size.
-    """
-    folder = saved(name)
-    loaded = load(folder, "bfloat16", quant_type)
-    twin = plain_peft(twin_of(loaded, folder), sorted(set(BY_NAME[name].linears)), bias="all")
-    ours = attach_adapters(loaded.model, LoRAConfig(r=4, bias="all"), seed=0)
-    prepare_for_training(ours, gradient_checkpointing=True)
-    fill(ours)
-    copy_trained(ours, twin)
-    expected_loss, expected = loss_and_gradients(twin)
-    loss, gradients = loss_and_gradients(ours)
-    torch.testing.assert_close(loss, expected_loss, rtol=0.02, atol=0)
-    both = [torch.cat([g.flatten() for g in some.values()]) for some in (gradients, expected)]
-    assert (both[0] - both[1]).norm() < 0.2 * both[1].norm()
-
-
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_only_the_biases_that_were_asked_for_are_trained(saved, bias):
-    """By hand: GPT-2 has 4 biases of linears and 2 of norms a layer, and one norm at the end."""
-    config = LoRAConfig(r=4, bias=bias, target_modules=["c_attn", "c_fc"])
-    names = bias_names(attach_adapters(load(saved("GPT-2")).model, config, seed=0))
-    assert len(names) == {"lora_only": 2 * 2, "all": 2 * 6 + 1}[bias]
-    assert any("ln_" in name for name in names) is (bias == "all")
-
-
-@over_every_base
-def test_a_bias_keeps_an_update_that_bfloat16_would_lose(saved, tmp_path, rows_file, quant_type):
-    """By hand: a step of Adam is lr = 2e-4 long at most, and less than half a gap is rounded away.
-
-    In bfloat16 numbers above 0.0625 are 2**-11 = 4.9e-4 apart.
-    """
-    start: dict[str, Tensor] = {}
-
-    class Keep(Callback):
-        def on_train_start(self, trainer: Trainer, module: Any) -> None:
-            start.update({n: p.detach().clone() for n, p in module.trained_tensors().items()})
-
-    for kept_in in ("float32", "bfloat16") if quant_type == "nf4" else ("float32",):
-        run = {"quant_type": quant_type, "compute": "bfloat16", "lr": 2e-4}
-        module = fit(
-            tmp_path / kept_in, saved("GPT-2"), rows_file, Keep(), bias="all", dtype=kept_in, **run
-        )
-        for name in bias_names(module):
-            before, after = start[name].float(), module.trained_tensors()[name].float()
-            moved = (before != after)[before.abs() > 0.0625]
-            if "c_attn" in name:  # a key's bias gets only rounding errors for a gradient
-                moved = moved[:0]
-            assert moved.all() if kept_in == "float32" else not moved.any(), name
-        assert {p.dtype for p in module.trained_tensors().values()} == {getattr(torch, kept_in)}
-
-
-class ShiftedNorm(nn.Module):
-    """A norm that nobody listed, with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.bias
-
-
-def test_a_norm_whose_bias_cannot_be_trained_is_one_sentence(tiny_base):
-    base: Any = load(tiny_base, "bfloat16").model
-    base.model.norm = ShiftedNorm()
-    with pytest.raises(ConfigurationError) as caught:
-        attach_adapters(base, LoRAConfig(r=4, bias="all"), seed=0)
-    (problem,) = caught.value.problems
-    assert problem.startswith("model.lora.bias: 'base_model.model.model.norm' is a ShiftedNorm, ")
-    assert problem.endswith("use lora_only or none.")
-    base = load(tiny_base, "bfloat16").model
-    base.model.norm = ShiftedNorm()
-    attach_adapters(base, LoRAConfig(r=4, bias="lora_only"), seed=0)
 
 
 # --- whole runs -----------------------------------------------------------------------------------
