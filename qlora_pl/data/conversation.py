@@ -22,6 +22,8 @@ class Message:
     content: str
     context: str = ""
     """What an instruction refers to (Alpaca's ``input`` column); every template has a place."""
+    weight: float = 1.0
+    """How much the loss of its tokens counts where they are trained; 0: read, but not learnt."""
 
 
 @dataclass(frozen=True, slots=True)
