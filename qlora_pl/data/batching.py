@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch
-from qlora_pl.data.encoding import EncodedRows
+from qlora_pl.data.encoded_rows import EncodedRows
 
 STEPS_PER_LENGTH_GROUP = 50
 """Steps whose rows are sorted by length together (as transformers' LengthGroupedSampler)."""
