@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_pl.data.lengths import Overlong
+from qlora_pl.data.lengths import Limits
 from qlora_pl.errors import ConfigurationError
 
 SHOWN = 20
@@ -102,15 +102,6 @@ class DataReport:
         return text
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How long rows may be, and how much may be lost to that."""
-
-    max_length: int = 512
-    overlong: Overlong = "cut"
-    max_lost_ratio: float = 0.01
-
-
 def check_split(
     report: DataReport, needed: np.ndarray, limits: Limits, key: str, template: str
 ) -> None:
@@ -129,7 +120,7 @@ def check_split(
     """
     if report.num_rows == 0:
         reason = (
-            f"no answer fits into data.max_length {limits.max_length} (the longest row has "
+            f"no answer fits into {limits.answer_key} {limits.answer_limit} (the longest row has "
             f"{report.longest} tokens)"
             if report.num_dropped
             else "there are no rows"
@@ -138,10 +129,10 @@ def check_split(
     if report.lost_ratio > limits.max_lost_ratio:
         enough = sufficient_length(needed, limits.max_lost_ratio)
         raise ConfigurationError(
-            f"{key}: data.max_length {limits.max_length} takes away {report.lost_ratio:.1%} of "
-            f"the trained tokens, data.max_lost_ratio allows {limits.max_lost_ratio:.1%}; "
-            f"data.max_length {enough} would keep within it (the longest row has {report.longest} "
-            "tokens)."
+            f"{key}: {limits.answer_key} {limits.answer_limit} takes away "
+            f"{report.lost_ratio:.1%} of the trained tokens, data.max_lost_ratio allows "
+            f"{limits.max_lost_ratio:.1%}; {limits.answer_key} {enough} would keep within it (the "
+            f"longest row has {report.longest} tokens)."
         )
     if report.num_unstopped:
         answers = "answer does" if report.num_unstopped == 1 else "answers do"

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_pl.data.audit import SHOWN, DataReport, Limits
+from qlora_pl.data.audit import SHOWN, DataReport
 from qlora_pl.data.conversation import Conversation
-from qlora_pl.data.encoding import EncodedExample, Encoder
-from qlora_pl.data.lengths import fit_to_length, needed_lengths
+from qlora_pl.data.encoded_example import EncodedExample
+from qlora_pl.data.encoding import Encoder
+from qlora_pl.data.lengths import Limits
 from qlora_pl.data.readers import Place
 from qlora_pl.data.row_store import EncodedChunk
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
@@ -61,7 +62,7 @@ class ChunkEncoder:
         ):
             rows = []
             for example in examples:
-                needed.append(needed_lengths(example, self.limits.overlong))
+                needed.append(self.encoder.needed(example, self.limits))
                 rows += self._fit(example, place, report)
             report.num_unrolled += len(examples) > 1
             if rows:
@@ -100,16 +101,16 @@ class ChunkEncoder:
         self, example: EncodedExample, place: Place, report: DataReport
     ) -> list[EncodedExample]:
         """The rows that are kept of an example, counted."""
-        max_length, overlong = self.limits.max_length, self.limits.overlong
+        overlong = self.limits.overlong
         length = len(example.input_ids)
-        is_long = length > max_length
+        fitted = self.encoder.fit(example, self.limits)
+        is_long = len(fitted) != 1 or len(fitted[0].input_ids) != length
         report.longest = max(report.longest, length)
         if is_long and overlong == "error":
             raise DatasetFormatError(
-                f"{place}: {length} tokens, more than data.max_length {max_length}. Raise it, or "
+                f"{place}: {length} tokens, more than {self.limits}. Raise it, or "
                 "set data.overlong: cut or drop."
             )
-        fitted = fit_to_length(example, max_length, overlong, self.encoder.stop_ids)
         rows = [row for row in fitted if (row.is_answer & row.is_trained).any()]
         num_trained = sum(row.num_trained for row in rows)
         report.num_lost_tokens += example.num_trained - num_trained

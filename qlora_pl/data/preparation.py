@@ -26,10 +26,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from qlora_pl.data.audit import DataReport, Limits, check_split
+from qlora_pl.data.audit import DataReport, check_split
 from qlora_pl.data.chunks import ChunkEncoder, ChunkResult, Read
 from qlora_pl.data.encoded_rows import EncodedRows
 from qlora_pl.data.encoding import TOKENIZER_CHUNK, Encoder
+from qlora_pl.data.lengths import Limits
 from qlora_pl.data.normalizing import conversations, source_digest
 from qlora_pl.data.row_store import (
     Conversations,
@@ -243,7 +244,7 @@ def _what_decides(sources: RowSources, encoder: Encoder, limits: Limits) -> Iter
         yield source_digest(source)
     yield json.dumps(encoder.definition(), sort_keys=True)
     yield encoder.tokenizer.backend_tokenizer.to_str()
-    yield json.dumps([limits.max_length, limits.overlong])
+    yield json.dumps([limits.max_length, limits.max_target_length, limits.overlong])
     for path in sorted(Path(__file__).parent.glob("*.py")):
         yield path.read_bytes()
     for name in ("tokenizers", "transformers", "numpy"):
