@@ -6,22 +6,19 @@ and row are named); what happens to many is counted, reported and held to a budg
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.encoding import TOKENIZER_CHUNK, EncodedExample, EncodedRows, Encoder, Overlong
-from qlora_pl.data.formats import FORMATS, RowError, guess_format
-from qlora_pl.data.readers import Place, read_rows
-from qlora_pl.data.sources import RowSources, SourceConfig
+from qlora_pl.data.normalizing import ReadingReport, read_conversations
+from qlora_pl.data.places import Place
+from qlora_pl.data.sources import RowSources
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -111,7 +108,8 @@ def encode_sources(
     examples: list[EncodedExample] = []
     places: list[Place] = []
     kept: list[Conversation] = []
-    stream = conversations(sources, report)
+    reading = ReadingReport()
+    stream = read_conversations(sources, "stop", reading)
     while chunk := list(islice(stream, TOKENIZER_CHUNK)):
         encoded = _encode(chunk, encoder)
         for (place, conversation), example in zip(chunk, encoded, strict=True):
@@ -120,6 +118,7 @@ def encode_sources(
                 places.append(place)
                 kept.append(conversation)
     report.num_rows = len(examples)
+    report.formats = reading.formats
     split = EncodedSplit(EncodedRows.from_examples(examples), places, kept, report)
     _check_split(split, encoder, max_lost_ratio, key)
     return split
@@ -135,46 +134,6 @@ def _encode(chunk: Sequence[tuple[Place, Conversation]], encoder: Encoder) -> li
             except ConfigurationError as error:
                 raise ConfigurationError(f"{place}: {error}") from error
         raise
-
-
-def conversations(sources: RowSources, report: DataReport) -> Iterator[tuple[Place, Conversation]]:
-    """Every row as a conversation with its place; notes the formats in the report."""
-    formats: dict[int, str] = {}  # by source, not by file: two sources may read the same one
-    for place, source, row in read_rows(sources):
-        if id(source) not in formats:
-            formats[id(source)] = _choose_format(place, source, row, report)
-        name = formats[id(source)]
-        try:
-            conversation = FORMATS[name].convert(row)
-        except RowError as error:
-            raise DatasetFormatError(
-                f"{place}: {error}. Set another format, or rename the columns "
-                f"with columns: {{NEW: OLD}} (format '{name}')."
-            ) from error
-        if problem := conversation.problem():
-            raise DatasetFormatError(f"{place}: {problem}. Mend or remove the row.")
-        yield place, conversation
-
-
-def _choose_format(
-    place: Place, source: SourceConfig | None, row: Mapping[str, Any], report: DataReport
-) -> str:
-    if source is not None and source.format is not None:
-        _note_format(place.source, source.format, report)
-        return source.format
-    try:
-        name, runner_up = guess_format(list(row))
-    except ConfigurationError as error:
-        raise DatasetFormatError(f"{place}: {error}") from error
-    said = f"{name} (guessed; {runner_up} would fit too)" if runner_up else f"{name} (guessed)"
-    _note_format(place.source, said, report)
-    logger.info("%s: format %s", place.source, said)
-    return name
-
-
-def _note_format(source: str, said: str, report: DataReport) -> None:
-    known = report.formats.get(source)
-    report.formats[source] = said if known in (None, said) else f"{known}; {said}"
 
 
 def _keep(

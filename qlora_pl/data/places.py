@@ -1,0 +1,33 @@
+"""Where a row came from, and what stands in for a row that could not be read.
+
+Readers hand on a ``BadRow`` instead of raising, since the rows after it may be good: whether a run
+stops there or goes on without it is decided in one place, ``normalizing``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+Row = Mapping[str, Any]
+"""One record as it is stored: column -> value."""
+
+
+class Place(NamedTuple):
+    """Where a row came from; ``row`` counts from 1, as editors do."""
+
+    source: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.source}, row {self.row}"
+
+
+class BadRow(NamedTuple):
+    """A record that is no row, between two that may be good."""
+
+    reason: str
+    """What is wrong and what to do, one sentence without the place: "not JSON (...); ..."."""
+
+
+PlacedRow = tuple[Place, Row | BadRow]
