@@ -151,7 +151,7 @@ DATASETS: dict[str, NamedDataset] = {
         path=None,
         format="text",
         licence="the file's own",
-        note="Raw text: .txt, or the column text of any other kind; documents are kept apart.",
+        note="Raw text: .txt, or the column text of any other kind; each document is a row.",
     ),
 }
 """By the name that ``dataset`` takes."""
