@@ -21,7 +21,12 @@ DATA = [
     "special_tokens",
     "encoding",
     "audit",
+    "packing",
+    "ordering",
+    "collation",
     "batching",
+    "continuing",
+    "setting_checks",
 ]
 """The files of the journey; each may import those that stand before it."""
 

@@ -11,29 +11,34 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from hashlib import sha256
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from qlora_pl.batch import Batch, PromptBatch
+from qlora_pl.batch import Batch, PackingProbe, PromptBatch
 from qlora_pl.data.audit import EncodedSplit, encode_sources
 from qlora_pl.data.batching import (
     BatchLayout,
+    BatchShape,
     EvaluationBatches,
     InOrderSampler,
     PromptBatches,
     ResumableSampler,
     TrainingBatches,
-    keyed_generator,
 )
+from qlora_pl.data.collation import make_packing_probe
+from qlora_pl.data.continuing import refuse_other_order
 from qlora_pl.data.encoding import Encoder, Overlong, load_tokenizer
+from qlora_pl.data.ordering import keyed_generator
 from qlora_pl.data.readers import hub_splits
+from qlora_pl.data.setting_checks import setting_problems
 from qlora_pl.data.sources import NO_ROWS, RowSources
 from qlora_pl.data.templates import load_template
-from qlora_pl.errors import CheckpointError, ConfigurationError
+from qlora_pl.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +62,16 @@ class InstructionDataModule(LightningDataModule):
         max_lost_ratio: Share of the trained tokens that cutting and dropping may take away before
             the run refuses to start, 0 to 1.
         train_on_prompt: Whether the loss includes the prompts.
-        batch_size: Rows of a micro-batch on one device. Rows of an optimizer step:
-            ``batch_size`` x ``trainer.accumulate_grad_batches`` x devices.
+        batch_size: Rows of a micro-batch on one device, or packs where rows are packed. Rows of an
+            optimizer step: ``batch_size`` x ``trainer.accumulate_grad_batches`` x devices.
         eval_batch_size: Rows of a batch in validation, test and prediction; None: ``batch_size``.
         group_by_length: Whether rows of similar length share a step, so that less is padded.
+        packing: Whether training rows are put into packs of ``max_length`` tokens that attend to
+            themselves alone. ``true`` (on): the run stops if the model does not keep them apart;
+            ``auto``: it is padded then; ``false`` (off): rows are padded.
+        padding: How wide padded batches are: as their ``longest`` row, or all ``max_length``.
+        tokens_per_batch: Tokens of a micro-batch at most, padding included, in place of
+            ``batch_size``; a step then has as many micro-batches as ever. None: ``batch_size``.
         val_size: Rows kept for validation where no split exists: a number of rows, or a share of
             them below 1 (one row at least); 0: none, all rows train.
         val_seed: Seed of that split alone, so that it is the same for every command and run.
@@ -84,6 +95,9 @@ class InstructionDataModule(LightningDataModule):
         batch_size: int = 4,
         eval_batch_size: int | None = None,
         group_by_length: bool = True,
+        packing: bool | Literal["auto"] = False,
+        padding: Literal["longest", "max_length"] = "longest",
+        tokens_per_batch: int | None = None,
         val_size: int | float = 0.05,
         val_seed: int = 42,
         seed: int | None = None,
@@ -104,6 +118,11 @@ class InstructionDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.group_by_length = group_by_length
+        self.packing = packing
+        self.is_packed = packing is True
+        """Whether training batches are packs; the model has a say (``decide_packing``)."""
+        self.padding = padding
+        self.tokens_per_batch = tokens_per_batch
         self.val_size = val_size
         self.val_seed = val_seed
         self.seed = seed
@@ -117,34 +136,7 @@ class InstructionDataModule(LightningDataModule):
 
     def problems(self) -> list[str]:
         """Every problem of the settings that can be found without reading a row."""
-        ranges: list[tuple[bool, str]] = [
-            (self.max_length >= 2, f"max_length: must be at least 2, got {self.max_length}."),
-            (self.batch_size >= 1, f"batch_size: must be at least 1, got {self.batch_size}."),
-            (
-                self.eval_batch_size >= 1 or self.eval_batch_size == self.batch_size,
-                f"eval_batch_size: must be at least 1, got {self.eval_batch_size}.",
-            ),
-            (
-                0 <= self.max_lost_ratio <= 1,
-                f"max_lost_ratio: must lie in 0 to 1, got {self.max_lost_ratio}.",
-            ),
-            (self.val_size >= 0, f"val_size: must be 0 or more, got {self.val_size}."),
-            (
-                isinstance(self.val_size, int) or self.val_size < 1,
-                f"val_size: a share lies below 1, got {self.val_size}; write a whole number for "
-                "rows.",
-            ),
-            (self.num_workers >= 0, f"num_workers: must be 0 or more, got {self.num_workers}."),
-            (
-                self.max_train_samples is None or self.max_train_samples >= 1,
-                f"max_train_samples: must be at least 1, got {self.max_train_samples}.",
-            ),
-            (
-                self.max_val_samples is None or self.max_val_samples >= 1,
-                f"max_val_samples: must be at least 1, got {self.max_val_samples}.",
-            ),
-        ]
-        problems = [f"data.{sentence}" for holds, sentence in ranges if not holds]
+        problems = setting_problems(self)
         for name in ("sources", "val_sources", "test_sources"):
             problems += getattr(self, name).problems(f"data.{name}")
         return problems
@@ -238,21 +230,49 @@ class InstructionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches in the run's order, from where a resumed run stopped."""
+        split = self.splits["train"]
         batches = TrainingBatches(
-            self.splits["train"].rows,
+            split.rows,
             self._training_layout(),
             self._order_seed(),
             self.group_by_length,
             self.tokenizer.pad_token_id,
+            self._training_shape(),
+            self._multiplicity(),
         )
+        logger.info("batches: %s", batches)
         sampler = ResumableSampler(batches, **self._resume_from)
         return self._loader(batches, sampler)
+
+    def _training_shape(self) -> BatchShape:
+        return BatchShape(
+            max_length=self.max_length,
+            is_packed=self.is_packed,
+            pads_to_max_length=self.padding == "max_length",
+            tokens_per_batch=self.tokens_per_batch,
+        )
+
+    def _multiplicity(self) -> np.ndarray | None:
+        return getattr(self.splits["train"], "multiplicity", None)
+
+    # -- packing ---------------------------------------------------------------------------------
+
+    def packing_probe(self) -> PackingProbe:
+        """Training rows, packed and apart: what the model is asked before ``decide_packing``."""
+        num_lines = min(2, self.batch_size)  # some kernels keep rows apart in a single line only
+        rows = self.splits["train"].rows
+        return make_packing_probe(rows, self.tokenizer.pad_token_id, num_lines)
+
+    def decide_packing(self, is_packed: bool) -> None:
+        """Whether loaders made from now on pack rows; the model has been asked."""
+        self.is_packed = is_packed
 
     def first_batches(self, count: int) -> list[Batch]:
         """Batches of the first training rows, the same on every device, wherever training is."""
         rows = self.splits["train"].rows
         some = rows.select(range(min(count * self.batch_size, len(rows))))
-        batches = EvaluationBatches(some, BatchLayout(self.batch_size), self.tokenizer.pad_token_id)
+        layout = BatchLayout(self.batch_size)
+        batches = EvaluationBatches(some, layout, self.tokenizer.pad_token_id)
         return [batches[index] for index in range(len(batches))]
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -299,7 +319,8 @@ class InstructionDataModule(LightningDataModule):
         if not len(rows):
             return []
         layout = self._layout(self.eval_batch_size)
-        return self._loader(EvaluationBatches(rows, layout, self.tokenizer.pad_token_id))
+        width = self._training_shape().width
+        return self._loader(EvaluationBatches(rows, layout, self.tokenizer.pad_token_id, width))
 
     def _loader(self, batches: Any, sampler: ResumableSampler | None = None) -> DataLoader[Any]:
         # A generator of its own: every new iterator draws a seed, by default from the global
@@ -323,7 +344,7 @@ class InstructionDataModule(LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows form which step, in plain types; kept in every checkpoint."""
-        layout = self._training_layout()
+        layout, multiplicity = self._training_layout(), self._multiplicity()
         return {
             "train_rows": self.splits["train"].rows.fingerprint(),
             "num_train_rows": len(self.splits["train"].rows),
@@ -333,6 +354,9 @@ class InstructionDataModule(LightningDataModule):
             "accumulation": layout.accumulation,
             "group_by_length": self.group_by_length,
             "seed": self._order_seed(),
+            "pack_tokens": self.max_length if self.is_packed else None,
+            "tokens_per_batch": self.tokens_per_batch,
+            "multiplicity": multiplicity if multiplicity is None else _digest(multiplicity),
         }
 
     def resume_from(self, saved: Mapping[str, Any], epoch: int, position: int) -> None:
@@ -341,24 +365,7 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             CheckpointError: naming each difference.
         """
-        sentences = {
-            "train_rows": "the training rows (or their template, tokenizer or length)",
-            "num_train_rows": "the number of training rows",
-            "global_batch_size": "the rows of an optimizer step",
-            "batch_size": "data.batch_size",
-            "accumulation": "trainer.accumulate_grad_batches",
-            "group_by_length": "data.group_by_length",
-            "seed": "the seed of the order of rows",
-        }
-        now = self.describe()
-        problems = [
-            f"The checkpoint's run differs in {sentences[name]}: it had {_short(saved.get(name))}, "
-            f"this run has {_short(now[name])}. Use its value, or start without --ckpt_path."
-            for name in now
-            if saved.get(name) != now[name]
-        ]
-        if problems:
-            raise CheckpointError(problems)
+        refuse_other_order(saved, self.describe())
         self._resume_from = {"epoch": epoch, "position": position}
 
     def name_rows(self, row_ids: Sequence[int], split: str = "train") -> list[str]:
@@ -371,5 +378,5 @@ def _first(split: EncodedSplit, limit: int | None) -> EncodedSplit:
     return split if limit is None or limit >= len(split.rows) else split.select(range(limit))
 
 
-def _short(value: Any) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else str(value)
+def _digest(values: np.ndarray) -> str:
+    return sha256(np.ascontiguousarray(values, dtype=np.float64).tobytes()).hexdigest()

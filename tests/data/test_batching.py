@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch
 from qlora_pl.data.batching import (
-    STEPS_PER_LENGTH_GROUP,
     BatchKey,
     BatchLayout,
     EvaluationBatches,
@@ -23,11 +22,10 @@ from qlora_pl.data.batching import (
     PromptBatches,
     ResumableSampler,
     TrainingBatches,
-    collate,
-    collate_prompts,
-    epoch_steps,
 )
+from qlora_pl.data.collation import collate, collate_prompts
 from qlora_pl.data.encoding import EncodedExample, EncodedRows
+from qlora_pl.data.ordering import STEPS_PER_LENGTH_GROUP, epoch_steps
 
 PAD = 0
 
@@ -266,7 +264,7 @@ def test_rows_are_padded_on_the_right_and_masked_by_length():
     assert batch["row_ids"].tolist() == [1, 0]
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     assert [tensor.dtype for tensor in tensors] == [torch.int64] * 4
-    assert set(batch) == set(Batch.__annotations__)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "row_ids"}
 
 
 def test_prompts_are_padded_on_the_left():
