@@ -226,7 +226,8 @@ class InstructionDataModule(LightningDataModule):
 
     def _training_layout(self) -> BatchLayout:
         accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        return self._layout(self.batch_size, accumulation)
+        # With a token budget the unit is a whole micro-batch, and no number of rows has a meaning.
+        return self._layout(1 if self.tokens_per_batch else self.batch_size, accumulation)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches in the run's order, from where a resumed run stopped."""
