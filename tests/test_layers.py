@@ -48,7 +48,13 @@ DATA = [
     "chunks",
     "encode_stream",
     "preparation",
+    "packing",
+    "ordering",
+    "collation",
+    "splits",
     "batching",
+    "continuing",
+    "setting_checks",
 ]
 """The files of the journey; each may import those that stand before it."""
 

@@ -23,7 +23,8 @@ class StepSums(NamedTuple):
     """Sums over the micro-batches of a step and all devices."""
 
     weight: float
-    """What the gradients are divided by: trained tokens, rows or micro-batches."""
+    """What the gradients are divided by: trained tokens (as often as they count), rows or
+    micro-batches."""
     nats: float
     trained_tokens: float
     tokens: float
@@ -37,17 +38,19 @@ class MicroBatch(NamedTuple):
 
     loss: LossSum
     lengths: Tensor
-    """``(B,)`` tokens of each row."""
+    """``(R,)`` tokens of each row."""
     row_ids: Tensor
+    """``(R,)``."""
     num_padded_tokens: int
 
     @classmethod
     def of(cls, loss: LossSum, batch: Batch) -> MicroBatch:
         """Without the graph, and without what the batch holds besides."""
-        lengths = batch["attention_mask"].sum(dim=1)
+        is_packed = "document_lengths" in batch
+        lengths = batch["document_lengths"] if is_packed else batch["attention_mask"].sum(dim=1)
         lengths = lengths * (batch["row_ids"] != FILLER_ROW)
         detached = loss._replace(total=loss.total.detach())
-        return cls(detached, lengths, batch["row_ids"], batch["attention_mask"].numel())
+        return cls(detached, lengths, batch["row_ids"], batch["input_ids"].numel())
 
     def sums(self) -> Tensor:
         """The parts of ``StepSums``, float64, on the device: nothing waits until the step ends."""
