@@ -30,6 +30,17 @@ class Batch(TypedDict):
     """``(B,)`` int64, the row's place in its split, or ``FILLER_ROW``."""
 
 
+class Seq2SeqBatch(Batch):
+    """Pairs for an encoder-decoder model; B of them, both sides padded on the right.
+
+    ``input_ids`` and ``attention_mask`` are the source's, ``(B, S)``; ``labels`` are the target's,
+    ``(B, T)``, every token of it trained.
+    """
+
+    decoder_attention_mask: Tensor
+    """``(B, T)`` int64, 1 for a token of the target."""
+
+
 class PromptBatch(TypedDict):
     """Prompts to answer; B rows, padded on the **left** so that every prompt ends at position T."""
 

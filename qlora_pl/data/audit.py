@@ -114,11 +114,12 @@ def encode_sources(
     stream = conversations(sources, report)
     while chunk := list(islice(stream, TOKENIZER_CHUNK)):
         encoded = _encode(chunk, encoder)
-        for (place, conversation), example in zip(chunk, encoded, strict=True):
-            if _keep(example, place, encoder, overlong, report):
-                examples.append(example)
-                places.append(place)
-                kept.append(conversation)
+        for (place, conversation), its in zip(chunk, encoded, strict=True):
+            for example in its if isinstance(its, list) else [its]:
+                if _keep(example, place, encoder, overlong, report):
+                    examples.append(example)
+                    places.append(place)
+                    kept.append(conversation)
     report.num_rows = len(examples)
     split = EncodedSplit(EncodedRows.from_examples(examples), places, kept, report)
     _check_split(split, encoder, max_lost_ratio, key)

@@ -22,15 +22,18 @@ from qlora_pl.batch import Batch, PromptBatch
 from qlora_pl.data.audit import EncodedSplit, encode_sources
 from qlora_pl.data.batching import (
     BatchLayout,
+    BatchMaker,
     EvaluationBatches,
     InOrderSampler,
     PromptBatches,
     ResumableSampler,
     TrainingBatches,
+    collate,
     keyed_generator,
 )
-from qlora_pl.data.encoding import Encoder, Overlong, load_tokenizer
+from qlora_pl.data.encoding import Overlong, load_model_config, load_tokenizer
 from qlora_pl.data.readers import hub_splits
+from qlora_pl.data.seq2seq import Seq2SeqEncoder, choose_encoder, collate_pairs
 from qlora_pl.data.sources import NO_ROWS, RowSources
 from qlora_pl.data.templates import load_template
 from qlora_pl.errors import CheckpointError, ConfigurationError
@@ -53,6 +56,8 @@ class InstructionDataModule(LightningDataModule):
             the tokenizer has one, else ``instruction-response``).
         tokenizer: Hub name or folder; None: the model's.
         max_length: Tokens that a row may have, prompt, answers and special tokens together.
+        max_target_length: Tokens that an answer may have where an encoder-decoder model is trained,
+            whose questions ``max_length`` limits; None: as many.
         overlong: What happens to a longer row: ``cut`` on the right, ``drop``, or ``error``.
         max_lost_ratio: Share of the trained tokens that cutting and dropping may take away before
             the run refuses to start, 0 to 1.
@@ -78,6 +83,7 @@ class InstructionDataModule(LightningDataModule):
         template: str = "auto",
         tokenizer: str | None = None,
         max_length: int = 512,
+        max_target_length: int | None = None,
         overlong: Overlong = "cut",
         max_lost_ratio: float = 0.01,
         train_on_prompt: bool = False,
@@ -92,12 +98,13 @@ class InstructionDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        self._make_batch: BatchMaker = collate
         self.sources = RowSources.parse(sources)
         self.val_sources = RowSources.parse(val_sources, "data.val_sources")
         self.test_sources = RowSources.parse(test_sources, "data.test_sources")
         self.template_name = template
         self.tokenizer_name = tokenizer
-        self.max_length = max_length
+        self.max_length, self.max_target_length = max_length, max_target_length
         self.overlong = overlong
         self.max_lost_ratio = max_lost_ratio
         self.train_on_prompt = train_on_prompt
@@ -119,6 +126,10 @@ class InstructionDataModule(LightningDataModule):
         """Every problem of the settings that can be found without reading a row."""
         ranges: list[tuple[bool, str]] = [
             (self.max_length >= 2, f"max_length: must be at least 2, got {self.max_length}."),
+            (
+                self.max_target_length is None or self.max_target_length >= 2,
+                f"max_target_length: must be at least 2, got {self.max_target_length}.",
+            ),
             (self.batch_size >= 1, f"batch_size: must be at least 1, got {self.batch_size}."),
             (
                 self.eval_batch_size >= 1 or self.eval_batch_size == self.batch_size,
@@ -190,7 +201,17 @@ class InstructionDataModule(LightningDataModule):
         revision = self._model_attribute("revision") if is_the_models else None
         self.tokenizer = load_tokenizer(name, revision, self._model_attribute("cache_dir"))
         self.template = load_template(self.template_name, self.tokenizer)
-        self.encoder = Encoder(self.template, self.tokenizer, self.max_length, self.train_on_prompt)
+        model = self._model_attribute("model_name_or_path")
+        of_model = (model, self._model_attribute("revision")) if model else (name, revision)
+        config = load_model_config(*of_model, self._model_attribute("cache_dir"))
+        self.encoder: Any = choose_encoder(
+            config,
+            self.template,
+            self.tokenizer,
+            (self.max_length, self.max_target_length),
+            self.train_on_prompt,
+        )
+        self._make_batch = collate_pairs if isinstance(self.encoder, Seq2SeqEncoder) else collate
 
     def _model_attribute(self, name: str) -> Any:
         module = self.trainer.lightning_module if self.trainer is not None else None
@@ -244,6 +265,7 @@ class InstructionDataModule(LightningDataModule):
             self._order_seed(),
             self.group_by_length,
             self.tokenizer.pad_token_id,
+            self._make_batch,
         )
         sampler = ResumableSampler(batches, **self._resume_from)
         return self._loader(batches, sampler)
@@ -252,7 +274,9 @@ class InstructionDataModule(LightningDataModule):
         """Batches of the first training rows, the same on every device, wherever training is."""
         rows = self.splits["train"].rows
         some = rows.select(range(min(count * self.batch_size, len(rows))))
-        batches = EvaluationBatches(some, BatchLayout(self.batch_size), self.tokenizer.pad_token_id)
+        batches = EvaluationBatches(
+            some, BatchLayout(self.batch_size), self.tokenizer.pad_token_id, self._make_batch
+        )
         return [batches[index] for index in range(len(batches))]
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -299,7 +323,8 @@ class InstructionDataModule(LightningDataModule):
         if not len(rows):
             return []
         layout = self._layout(self.eval_batch_size)
-        return self._loader(EvaluationBatches(rows, layout, self.tokenizer.pad_token_id))
+        batches = EvaluationBatches(rows, layout, self.tokenizer.pad_token_id, self._make_batch)
+        return self._loader(batches)
 
     def _loader(self, batches: Any, sampler: ResumableSampler | None = None) -> DataLoader[Any]:
         # A generator of its own: every new iterator draws a seed, by default from the global

@@ -72,13 +72,13 @@ def load_tokenizer(name: str, revision: str | None = None, cache_dir: str | None
             f"data.tokenizer: '{name}' has no fast tokenizer, which labels need (character "
             "offsets); convert it once with transformers and save it."
         )
-    repair_special_tokens(tokenizer, _model_config(name, revision, cache_dir))
+    repair_special_tokens(tokenizer, load_model_config(name, revision, cache_dir))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
-def _model_config(name: str, revision: str | None, cache_dir: str | None) -> Any:
+def load_model_config(name: str, revision: str | None, cache_dir: str | None) -> Any:
     """The configuration of the model beside a tokenizer; None if there is none."""
     from transformers import AutoConfig  # slow to import
 

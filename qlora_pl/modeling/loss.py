@@ -51,7 +51,20 @@ def causal_lm_loss(
     is_trained = labels != IGNORE_INDEX
     row, position = is_trained.nonzero(as_tuple=True)
     logits = trained_logits(model, batch["input_ids"], batch["attention_mask"], row, position)
-    losses = token_losses(logits, labels[row, position])  # (N,)
+    return sum_losses(token_losses(logits, labels[row, position]), row, is_trained, normalize_by)
+
+
+def sum_losses(
+    losses: Tensor, row: Tensor, is_trained: Tensor, normalize_by: Normalization
+) -> LossSum:
+    """Token losses -> what their batch adds to its step.
+
+    Args:
+        losses: ``(N,)`` float32.
+        row: ``(N,)`` the row of each.
+        is_trained: ``(B, T)`` bool, N of them true.
+        normalize_by: See ``causal_lm_loss``.
+    """
     tokens_in_row = is_trained.sum(dim=1)  # (B,)
     if normalize_by == "tokens":
         total, weight = losses.sum(), tokens_in_row.sum().float()
@@ -65,7 +78,12 @@ def causal_lm_loss(
 
 
 def trained_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, row: Tensor, position: Tensor
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    row: Tensor,
+    position: Tensor,
+    **decoder_inputs: Tensor,
 ) -> Tensor:
     """Logits ``(N, V)`` of the given positions only, in the model's own arithmetic.
 
@@ -77,11 +95,16 @@ def trained_logits(
         input_ids: ``(B, T)``.
         attention_mask: ``(B, T)``.
         row: ``(N,)`` rows of the wanted positions.
-        position: ``(N,)`` positions within their rows.
+        position: ``(N,)`` positions within their rows; of an encoder-decoder model, its targets'.
+        decoder_inputs: What the decoder of such a model reads.
     """
     with _head_input(model, row, position):
         output = model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            return_dict=True,
+            **decoder_inputs,
         )
     logits: Tensor = output.logits
     return logits[0]  # (1, N, V) -> (N, V)

@@ -38,16 +38,23 @@ class MicroBatch(NamedTuple):
     loss: LossSum
     lengths: Tensor
     """``(B,)`` tokens of each row."""
+    num_pairs: Tensor
+    """``(B,)`` squared lengths; see ``StepStatistics.num_token_pairs``."""
     row_ids: Tensor
     num_padded_tokens: int
 
     @classmethod
     def of(cls, loss: LossSum, batch: Batch) -> MicroBatch:
         """Without the graph, and without what the batch holds besides."""
-        lengths = batch["attention_mask"].sum(dim=1)
-        lengths = lengths * (batch["row_ids"] != FILLER_ROW)
+        masks: list[Any] = [batch.get(f"{side}attention_mask") for side in ("", "decoder_")]
+        masks = [mask for mask in masks if mask is not None]
+        is_row = batch["row_ids"] != FILLER_ROW
+        lengths = [mask.sum(dim=1) * is_row for mask in masks]  # of the source, and of the target
+        # An encoder attends to all of its pairs, twice what is counted of a causal row.
+        pairs = sum(lengths).square() + sum(length.square() for length in lengths[:-1])
         detached = loss._replace(total=loss.total.detach())
-        return cls(detached, lengths, batch["row_ids"], batch["attention_mask"].numel())
+        num_padded = sum(mask.numel() for mask in masks)
+        return cls(detached, sum(lengths), pairs, batch["row_ids"], num_padded)
 
     def sums(self) -> Tensor:
         """The parts of ``StepSums``, float64, on the device: nothing waits until the step ends."""
@@ -58,7 +65,7 @@ class MicroBatch(NamedTuple):
             self.loss.num_tokens,
             lengths.sum(),
             lengths.new_tensor(self.num_padded_tokens),
-            lengths.square().sum(),
+            self.num_pairs.sum(),
             (self.row_ids != FILLER_ROW).sum(),
         )
         return torch.stack([part.double() for part in parts])
@@ -80,7 +87,8 @@ class StepStatistics:
     num_padded_tokens: int
     """Tokens with padding: what the model computed."""
     num_token_pairs: int
-    """Sum of the squared row lengths, for counting the operations of attention."""
+    """Sum of the squared row lengths, for counting the operations of attention; with an encoder
+    those of source and target together, and of the source once more."""
     num_rows: int
     row_ids: tuple[int, ...]
     """This device's rows of the step."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.decoding import evaluation_mode
+from qlora_pl.modeling.encoder_decoder import whole_inputs
 from qlora_pl.modeling.parameters import int8_scales
 from qlora_pl.modeling.plan import QuantizationPlan
 from qlora_pl.modeling.quantization import QuantizationConfig
@@ -86,7 +87,7 @@ def refuse_broken_forward(
     before = _versions(model, plan)
     try:
         with evaluation_mode(model), torch.no_grad(), autocast:
-            logits = model(input_ids=row.unsqueeze(0), use_cache=False).logits
+            logits = model(**whole_inputs(model, row.unsqueeze(0)), use_cache=False).logits
     except Exception as error:
         raise ConfigurationError(
             f"model.model_name_or_path: the loaded {type(model).__name__} cannot be run "
