@@ -56,7 +56,7 @@ def refuse_unknown_start(skeleton: Any) -> None:
     if not hasattr(skeleton, "prepare_decoder_input_ids_from_labels"):
         raise ConfigurationError(
             f"model.model_name_or_path: a {type(skeleton).__name__} has no rule that makes decoder "
-            "inputs of labels, so it cannot be trained here; take a T5, mT5 or Flan-T5."
+            "inputs of labels, so it cannot be trained here; take a T5, mT5, Flan-T5 or BART."
         )
     for key in ("decoder_start_token_id", "pad_token_id"):
         if getattr(skeleton.config, key, None) is None:

@@ -53,6 +53,6 @@ def _spared(base: LoadedBase, total: int) -> str:
     names = sorted({name.split(".")[-2] for name in base.plan.fragile})
     dtypes = sorted({str(weight.dtype).split(".")[-1] for weight in weights})
     return (
-        f"kept in {', '.join(dtypes)}, as the family's authors advise: {', '.join(names)} "
-        f"({len(weights)} matrices, {size:,} weights, {size / total:.1%})"
+        f"not quantised, as the family's authors advise, but kept in {', '.join(dtypes)}: "
+        f"{', '.join(names)} ({len(weights)} matrices, {size:,} weights, {size / total:.1%})"
     )
