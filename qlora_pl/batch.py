@@ -6,7 +6,7 @@ A plain dictionary rather than a class, because Lightning moves and transformers
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -30,15 +30,24 @@ class Batch(TypedDict):
     """``(B,)`` int64, the row's place in its split, or ``FILLER_ROW``."""
 
 
-class Seq2SeqBatch(Batch):
+class Seq2SeqBatch(TypedDict):
     """Pairs for an encoder-decoder model; B of them, both sides padded on the right.
 
-    ``input_ids`` and ``attention_mask`` are the source's, ``(B, S)``; ``labels`` are the target's,
-    ``(B, T)``, every token of it trained.
+    S is the sources' width and T the targets'.
     """
 
+    input_ids: Tensor
+    """``(B, S)`` int64 token ids of the source."""
+    attention_mask: Tensor
+    """``(B, S)`` int64, 1 for a token of the source; made from lengths, not ids."""
+    labels: Tensor
+    """``(B, T)`` int64 token ids of the target, all trained; ``IGNORE_INDEX`` as padding."""
     decoder_attention_mask: Tensor
     """``(B, T)`` int64, 1 for a token of the target."""
+    row_ids: Tensor
+    """``(B,)`` int64, as in ``Batch``."""
+    loss_weights: NotRequired[Tensor]
+    """``(B, T)`` float32, what the loss of each token is multiplied by; absent: 1."""
 
 
 class PromptBatch(TypedDict):

@@ -25,6 +25,15 @@ TEMPORARY_PREFIX = ".incomplete-"
 """Marks what a killed process left behind; ``remove_leftovers`` clears it away."""
 
 
+def cache_root(cache_dir: str | None) -> Path:
+    """Where this project keeps what can be made again: 4-bit weights, encoded rows.
+
+    ``cache_dir`` if given, else the environment's ``QLORA_PL_CACHE``, else ``~/.cache/qlora_pl``.
+    """
+    chosen = cache_dir or os.environ.get("QLORA_PL_CACHE") or "~/.cache/qlora_pl"
+    return Path(chosen).expanduser()
+
+
 def sha256_bytes(data: bytes) -> str:
     """SHA-256 in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

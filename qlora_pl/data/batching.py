@@ -12,14 +12,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch
-from qlora_pl.data.encoding import EncodedRows
+from qlora_pl.data.encoded_rows import EncodedRows
 
 STEPS_PER_LENGTH_GROUP = 50
 """Steps whose rows are sorted by length together (as transformers' LengthGroupedSampler)."""
@@ -27,7 +27,7 @@ WIDTH_MULTIPLE = 8
 """Widths of batches are multiples of it: tensor cores want that, and oneDNN keeps memory for every
 width that it has seen (without it the quickstart grows from 1.8 to 2.6 GiB)."""
 
-BatchMaker = Callable[[EncodedRows, np.ndarray, int], Batch]
+BatchMaker = Callable[[EncodedRows, np.ndarray, int], Any]
 """Rows, the numbers of those wanted, and the padding token's id, to a batch."""
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.data.audit import EncodedSplit, encode_sources
+from qlora_pl.data.audit import Limits
 from qlora_pl.data.batching import (
     BatchLayout,
     BatchMaker,
@@ -31,12 +31,16 @@ from qlora_pl.data.batching import (
     collate,
     keyed_generator,
 )
-from qlora_pl.data.encoding import Overlong, load_model_config, load_tokenizer
+from qlora_pl.data.encoding import TrainOn
+from qlora_pl.data.lengths import Overlong
+from qlora_pl.data.preparation import EncodedSplit, prepare_split
 from qlora_pl.data.readers import hub_splits
 from qlora_pl.data.seq2seq import Seq2SeqEncoder, choose_encoder, collate_pairs
 from qlora_pl.data.sources import NO_ROWS, RowSources
-from qlora_pl.data.templates import load_template
+from qlora_pl.data.template_loading import load_template
+from qlora_pl.data.tokenizer import load_model_config, load_tokenizer
 from qlora_pl.errors import CheckpointError, ConfigurationError
+from qlora_pl.files import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +55,26 @@ class InstructionDataModule(LightningDataModule):
         val_sources: Rows to validate on; null: a validation split of a Hub dataset where it has
             one, otherwise ``val_size`` of the training rows.
         test_sources: Rows for ``test``; null: the test split of a Hub dataset.
-        template: How a conversation becomes text: ``alpaca``, ``guanaco``,
-            ``instruction-response``, ``chat`` (the tokenizer's own), or ``auto`` (``chat`` where
-            the tokenizer has one, else ``instruction-response``).
+        template: How a conversation becomes text: ``alpaca``, ``guanaco``, ``vicuna``, ``chatml``,
+            ``llama2``, ``llama3``, ``instruction-response``, ``plain``, ``chat`` (the tokenizer's
+            own), ``auto`` (``chat`` where the tokenizer has one, else ``instruction-response``), a
+            file of Jinja, or a mapping: ``{jinja: TEXT}`` or the fields of ``TextTemplate``.
         tokenizer: Hub name or folder; None: the model's.
         max_length: Tokens that a row may have, prompt, answers and special tokens together.
         max_target_length: Tokens that an answer may have where an encoder-decoder model is trained,
             whose questions ``max_length`` limits; None: as many.
-        overlong: What happens to a longer row: ``cut`` on the right, ``drop``, or ``error``.
+        overlong: What happens to a longer row: ``cut`` on the right, ``cut_keep_stop`` (the same,
+            but the answer keeps its stop token), ``cut_prompt`` (on the left, then on the right),
+            ``split`` into pieces, ``drop``, or ``error``.
         max_lost_ratio: Share of the trained tokens that cutting and dropping may take away before
             the run refuses to start, 0 to 1.
-        train_on_prompt: Whether the loss includes the prompts.
+        train_on: What is learnt: ``answers``, the ``last_answer`` of each row,
+            ``answers_and_system``, or ``everything``.
+        append_eos: Whether plain text ends in the end-of-text token, so that a document's end is
+            learnt; conversations always stop.
+        cache: Whether encoded rows are kept on disk (``QLORA_PL_CACHE`` or ``~/.cache/qlora_pl``),
+            so that the next start need not encode.
+        encoding_processes: Processes that encode; None: up to 8, once there are many rows.
         batch_size: Rows of a micro-batch on one device. Rows of an optimizer step:
             ``batch_size`` x ``trainer.accumulate_grad_batches`` x devices.
         eval_batch_size: Rows of a batch in validation, test and prediction; None: ``batch_size``.
@@ -80,13 +93,16 @@ class InstructionDataModule(LightningDataModule):
         sources: RowSources,
         val_sources: RowSources = NO_ROWS,
         test_sources: RowSources = NO_ROWS,
-        template: str = "auto",
+        template: str | dict[str, str] = "auto",
         tokenizer: str | None = None,
         max_length: int = 512,
         max_target_length: int | None = None,
         overlong: Overlong = "cut",
         max_lost_ratio: float = 0.01,
-        train_on_prompt: bool = False,
+        train_on: TrainOn = "answers",
+        append_eos: bool = True,
+        cache: bool = True,
+        encoding_processes: int | None = None,
         batch_size: int = 4,
         eval_batch_size: int | None = None,
         group_by_length: bool = True,
@@ -102,12 +118,16 @@ class InstructionDataModule(LightningDataModule):
         self.sources = RowSources.parse(sources)
         self.val_sources = RowSources.parse(val_sources, "data.val_sources")
         self.test_sources = RowSources.parse(test_sources, "data.test_sources")
-        self.template_name = template
+        self.chosen_template = template
         self.tokenizer_name = tokenizer
-        self.max_length, self.max_target_length = max_length, max_target_length
+        self.max_length = max_length
+        self.max_target_length = max_target_length
         self.overlong = overlong
         self.max_lost_ratio = max_lost_ratio
-        self.train_on_prompt = train_on_prompt
+        self.train_on: TrainOn = train_on
+        self.append_eos = append_eos
+        self.cache = cache
+        self.encoding_processes = encoding_processes
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.group_by_length = group_by_length
@@ -200,25 +220,40 @@ class InstructionDataModule(LightningDataModule):
         is_the_models = name == self._model_attribute("model_name_or_path")
         revision = self._model_attribute("revision") if is_the_models else None
         self.tokenizer = load_tokenizer(name, revision, self._model_attribute("cache_dir"))
-        self.template = load_template(self.template_name, self.tokenizer)
+        self.template = load_template(self.chosen_template, self.tokenizer)
         model = self._model_attribute("model_name_or_path")
         of_model = (model, self._model_attribute("revision")) if model else (name, revision)
-        config = load_model_config(*of_model, self._model_attribute("cache_dir"))
-        self.encoder: Any = choose_encoder(
-            config,
+        self.encoder = choose_encoder(
+            load_model_config(*of_model, self._model_attribute("cache_dir")),
             self.template,
             self.tokenizer,
-            (self.max_length, self.max_target_length),
-            self.train_on_prompt,
+            self.train_on,
+            self.append_eos,
+            self._limits(),
         )
-        self._make_batch = collate_pairs if isinstance(self.encoder, Seq2SeqEncoder) else collate
+        self._make_batch = collate_pairs if self.is_paired else collate
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether rows are pairs for an encoder-decoder model; known from ``setup`` on."""
+        return isinstance(self.encoder, Seq2SeqEncoder)
+
+    def _limits(self) -> Limits:
+        return Limits(
+            max_length=self.max_length,
+            max_target_length=self.max_target_length,
+            overlong=self.overlong,
+            max_lost_ratio=self.max_lost_ratio,
+        )
 
     def _model_attribute(self, name: str) -> Any:
         module = self.trainer.lightning_module if self.trainer is not None else None
         return getattr(module, name, None)
 
     def _encode(self, sources: RowSources, key: str) -> EncodedSplit:
-        split = encode_sources(sources, self.encoder, self.overlong, self.max_lost_ratio, key)
+        limits = self._limits()
+        folder = cache_root(self._model_attribute("cache_dir")) if self.cache else None
+        split = prepare_split(sources, self.encoder, limits, key, folder, self.encoding_processes)
         logger.info("%s: %s", key, split.report)  # what was cut or dropped; parts do not know it
         return split
 
@@ -233,7 +268,9 @@ class InstructionDataModule(LightningDataModule):
 
     def _split_off(self, rows: EncodedSplit) -> tuple[EncodedSplit, EncodedSplit]:
         """Training and validation rows; which is which depends on ``val_seed`` and nothing else."""
-        total = len(rows.rows)
+        conversation_of = rows.conversations.of_row
+        names = np.unique(conversation_of)  # a conversation's rows stay together
+        total = len(names)
         num_val = self.val_size
         if isinstance(num_val, float):
             num_val = max(1, round(total * num_val)) if num_val > 0 else 0
@@ -242,7 +279,8 @@ class InstructionDataModule(LightningDataModule):
                 f"data.val_size: {self.val_size} leaves none of the {total} rows to train on."
             )
         order = keyed_generator(self.val_seed, 0).permutation(total)
-        return rows.select(np.sort(order[num_val:])), rows.select(np.sort(order[:num_val]))
+        is_val = np.isin(conversation_of, names[order[:num_val]])
+        return rows.select(np.flatnonzero(~is_val)), rows.select(np.flatnonzero(is_val))
 
     # -- loaders ---------------------------------------------------------------------------------
 
@@ -303,7 +341,7 @@ class InstructionDataModule(LightningDataModule):
             raise ConfigurationError(
                 "data.val_size: 0 leaves no validation rows to answer; name data.val_sources."
             )
-        conversations = [c for c in split.conversations if not c.is_plain_text]
+        conversations = [c for c in split.conversations.each() if not c.is_plain_text]
         if not conversations:
             raise ConfigurationError(
                 "data.val_sources: the validation rows are plain text, which has no prompts to "

@@ -1,251 +1,280 @@
-"""Segments -> token ids and labels, with a count of everything that was cut.
+"""Conversations -> token ids, and which of them are trained.
 
-The rendered text is tokenised once, as a whole, and labels come from the characters that each
-token covers: pieces tokenised apart would put SentencePiece's leading space into a row's middle.
+The rendered text is tokenised as a whole, and labels come from the characters that each token
+covers: pieces tokenised apart would put SentencePiece's leading space into a row's middle.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.special_tokens import repair_special_tokens
-from qlora_pl.data.templates import PromptTemplate, Segment
-from qlora_pl.errors import ConfigurationError
+from qlora_pl.data.templates import PromptTemplate, Rendering, Segment
+from qlora_pl.data.tokenization import TextTokenizer, Tokens
 
-Overlong = Literal["cut", "drop", "error"]
+TrainOn = Literal["answers", "last_answer", "answers_and_system", "everything"]
 TOKENIZER_CHUNK = 512
 """Rows handed to the tokenizer at a time; batched calls are about 1.5 times faster than single."""
 
 
 class EncodedExample(NamedTuple):
-    """One row, ready to be batched."""
+    """One row of tokens, of any length."""
 
     input_ids: np.ndarray
     """``(T,)`` int32."""
     is_trained: np.ndarray
     """``(T,)`` bool; True where the token is a label."""
-    num_cut_tokens: int
-    """Tokens that did not fit into ``max_length``."""
-    num_lost_tokens: int
-    """Those of them that would have been trained."""
-    num_answer_tokens: int
-    """Tokens of answers that are left; all that is trained, unless prompts are too."""
-    ends_in_stop: bool
-    """Whether the last of them is one that ends an answer."""
-    num_straddling: int
+    is_answer: np.ndarray
+    """``(T,)`` bool; True where the model is to write it, trained or not."""
+    num_bos: int = 0
+    """Tokens that were put before the text."""
+    weights: np.ndarray | None = None
+    """``(T,)`` float32, how much each trained token counts; None: all the same."""
+    num_unstopped: int = 0
+    """Trained answers that do not end in a stop token."""
+    num_straddling: int = 0
     """Tokens that cover the end of a prompt and the start of its answer at once."""
+    num_trimmed: int = 0
+    """Messages whose first or last spaces the template left out."""
+    spells_control: bool = False
+    """Whether its own text spells a control token."""
+    num_source: int = 0
+    """Of a pair for an encoder-decoder model: tokens of the source, before the target; 0: none."""
+    num_source_end: int = 0
+    """The last ones of these, which the tokenizer puts behind a text."""
 
     @property
     def labels(self) -> np.ndarray:
         """``(T,)`` int64, ``IGNORE_INDEX`` where nothing is trained."""
         return np.where(self.is_trained, self.input_ids, IGNORE_INDEX).astype(np.int64)
 
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are labels."""
+        return int(np.count_nonzero(self.is_trained))
 
-def load_tokenizer(name: str, revision: str | None = None, cache_dir: str | None = None) -> Any:
-    """A fast tokenizer that has a padding token, without growing its vocabulary.
-
-    Padding reuses a token that exists (attention masks come from lengths, so its id is never seen):
-    a new one would need a new row in the embedding, which no adapter saves.
-
-    Raises:
-        ConfigurationError: if the folder or Hub name has no fast tokenizer.
-    """
-    from transformers import AutoTokenizer  # slow to import
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, cache_dir=cache_dir)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
-        raise ConfigurationError(
-            f"data.tokenizer: no tokenizer could be read from '{name}' "
-            f"({(str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')})."
-        ) from error
-    if not tokenizer.is_fast:
-        raise ConfigurationError(
-            f"data.tokenizer: '{name}' has no fast tokenizer, which labels need (character "
-            "offsets); convert it once with transformers and save it."
+    def part(self, chosen: np.ndarray | slice) -> EncodedExample:
+        """Some of its tokens."""
+        return self._replace(
+            input_ids=self.input_ids[chosen],
+            is_trained=self.is_trained[chosen],
+            is_answer=self.is_answer[chosen],
+            weights=None if self.weights is None else self.weights[chosen],
         )
-    repair_special_tokens(tokenizer, load_model_config(name, revision, cache_dir))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def load_model_config(name: str, revision: str | None, cache_dir: str | None) -> Any:
-    """The configuration of the model beside a tokenizer; None if there is none."""
-    from transformers import AutoConfig  # slow to import
-
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision, cache_dir=cache_dir)
-    except Exception:  # a tokenizer alone, or a model whose code is not run for this
-        return None
 
 
 class Encoder:
-    """Turns rendered rows into ids and labels.
+    """Turns conversations into ids and labels.
 
     Args:
         template: Renders the conversations.
         tokenizer: A fast transformers tokenizer.
-        max_length: Tokens that a row may have.
-        train_on_prompt: Whether prompts are trained too.
+        train_on: Whose tokens are trained: every answer, the last one of each row, answers and
+            system messages, or everything.
+        append_eos: Whether plain text ends in the end-of-text token.
     """
 
     def __init__(
         self,
         template: PromptTemplate,
         tokenizer: Any,
-        max_length: int,
-        train_on_prompt: bool = False,
+        train_on: TrainOn = "answers",
+        append_eos: bool = True,
     ) -> None:
         self.template = template
         self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.train_on_prompt = train_on_prompt
+        self.train_on = train_on
+        self.append_eos = append_eos
         self.stop_ids = stop_token_ids(template, tokenizer)
+        self._text_tokenizer = TextTokenizer(tokenizer, template.stop)
+        self._bos_token: str | None = tokenizer.bos_token
+        self._bos_id = tokenizer.bos_token_id
+        self._eos_token: str = tokenizer.eos_token
         # Whether this tokenizer begins every text with its BOS token, as LLaMA's does.
         probe = tokenizer("a")["input_ids"]
-        self._adds_bos = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
+        self._adds_bos = self._bos_id is not None and probe[0] == self._bos_id
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[EncodedExample]:
-        """Render and encode; rows that are too long are cut on the right."""
-        rows = [self.template.render(conversation) for conversation in conversations]
-        texts = ["".join(segment.text for segment in row) for row in rows]
-        tokens = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        return [
-            self._label(row, text, ids, offsets)
-            for row, text, ids, offsets in zip(
-                rows, texts, tokens["input_ids"], tokens["offset_mapping"], strict=True
+    def definition(self) -> dict[str, Any]:
+        """All that decides what rows become, besides the tokenizer, in plain types."""
+        return {
+            "encoder": type(self).__name__,
+            "template": self.template.definition(),
+            "train_on": self.train_on,
+            "append_eos": self.append_eos,
+            "adds_bos": self._adds_bos,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The tokenizer stays here: what encodes in another process is ``TextTokenizer``."""
+        return self.__dict__ | {"tokenizer": None, "template": None}
+
+    # -- rows --------------------------------------------------------------------------------------
+
+    def render(self, conversations: Sequence[Conversation]) -> list[tuple[bool, list[Rendering]]]:
+        """What each conversation becomes as text; and whether its own text spells a control token.
+
+        Raises:
+            ConfigurationError: if the template cannot render one of them.
+        """
+        spells = [self._text_tokenizer.spells_control(c) for c in conversations]
+        marks = [apart or self.train_on == "answers_and_system" for apart in spells]
+        rendered: list[list[Rendering]] = [[] for _ in conversations]
+        for marks_content in (False, True):
+            chosen = [
+                place
+                for place, c in enumerate(conversations)
+                if marks[place] == marks_content and not c.is_plain_text
+            ]
+            rows = self.template.render_rows(
+                [conversations[place] for place in chosen],
+                only_last=self.train_on == "last_answer",
+                marks_content=marks_content,
             )
+            for place, row in zip(chosen, rows, strict=True):
+                rendered[place] = row
+        for place, conversation in enumerate(conversations):
+            if conversation.is_plain_text:
+                rendered[place] = [self._plain_text(conversation)]
+        return list(zip(spells, rendered, strict=True))
+
+    def _plain_text(self, conversation: Conversation) -> Rendering:
+        text = Segment(conversation.reference, True, 0, is_content=True)
+        stop = [Segment(self._eos_token, True, 0)] if self.append_eos else []
+        return Rendering([text, *stop])
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[EncodedExample]]:
+        """The rows of tokens that each conversation becomes: one, or one for each of its answers.
+
+        Raises:
+            ConfigurationError: if the template cannot render one of them.
+        """
+        rendered = self.render(conversations)
+        rows = [(apart, row) for apart, rows in rendered for row in rows]
+        tokens = iter(
+            self._text_tokenizer.encode([row for _, row in rows], [apart for apart, _ in rows])
+        )
+        return [
+            self._examples(conversation, renderings, tokens, apart)
+            for conversation, (apart, renderings) in zip(conversations, rendered, strict=True)
         ]
+
+    def _examples(
+        self,
+        conversation: Conversation,
+        renderings: Sequence[Rendering],
+        tokens: Iterator[Tokens],
+        spells_control: bool,
+    ) -> list[EncodedExample]:
+        examples = [
+            self._label(conversation, r, next(tokens))._replace(spells_control=spells_control)
+            for r in renderings
+        ]
+        if self.train_on == "everything":  # of which rows that end earlier are the beginnings
+            return examples[-1:]
+        # Answers that are rows of their own and weigh nothing
+        return examples if len(examples) == 1 else [e for e in examples if e.is_trained.any()]
+
+    def _label(
+        self, conversation: Conversation, rendering: Rendering, tokens: Tokens
+    ) -> EncodedExample:
+        bos = self._bos(rendering)
+        num_bos = len(bos)
+        input_ids = np.array([*bos, *tokens.ids], dtype=np.int32)
+        is_answer = np.zeros(len(input_ids), dtype=bool)
+        weights = np.zeros(len(input_ids), dtype=np.float32)
+        num_unstopped = num_straddling = 0
+        for run in self._runs(conversation, rendering.segments):
+            if not (run.is_answer or run.weight):
+                continue
+            first = tokens.token_at(run.start) + num_bos
+            end = len(input_ids) if run.is_last else tokens.token_at(run.end) + num_bos
+            is_answer[first:end] = run.is_answer
+            weights[first:end] = run.weight
+            if run.is_answer and first < len(input_ids):
+                straddles = tokens.begins_before(first - num_bos, run.start)
+                num_straddling += run.start > 0 and straddles
+            if run.is_answer and run.weight and (self.append_eos or not conversation.is_plain_text):
+                ends_in_stop = first < end and int(input_ids[end - 1]) in self.stop_ids
+                num_unstopped += not ends_in_stop
+        is_trained = weights > 0
+        is_uniform = bool((weights[is_trained] == 1).all())
+        return EncodedExample(
+            input_ids,
+            is_trained,
+            is_answer,
+            num_bos,
+            weights=None if is_uniform else weights,
+            num_unstopped=num_unstopped,
+            num_straddling=num_straddling,
+            num_trimmed=rendering.num_trimmed,
+        )
+
+    def _runs(self, conversation: Conversation, segments: Sequence[Segment]) -> list[_Run]:
+        """Stretches of characters that are trained alike."""
+        runs: list[_Run] = []
+        start = 0
+        for segment in segments:
+            end = start + len(segment.text)
+            weight = self._weight(segment, conversation.messages)
+            last = runs[-1] if runs else None
+            is_next_turn = (
+                last is not None and segment.is_answer and segment.message != last.message
+            )
+            if last is not None and last[2:4] == (segment.is_answer, weight) and not is_next_turn:
+                runs[-1] = last._replace(end=end)
+            else:
+                runs.append(_Run(start, end, segment.is_answer, weight, segment.message))
+            start = end
+        if runs:
+            runs[-1] = runs[-1]._replace(is_last=True)
+        return runs
+
+    def _weight(self, segment: Segment, messages: Sequence[Message]) -> float:
+        message = None if segment.message is None else messages[segment.message]
+        if self.train_on == "everything":
+            return 1.0 if message is None else message.weight
+        if message is None:
+            return 0.0
+        is_system = message.role == "system" and segment.is_content
+        if segment.is_answer or (self.train_on == "answers_and_system" and is_system):
+            return message.weight
+        return 0.0
+
+    def _bos(self, rendering: Rendering) -> list[int]:
+        # A chat template may have written the token itself; twice would be a different prompt.
+        first = rendering.segments[0]
+        is_written = not first.is_content and first.text.startswith(self._bos_token or "\0")
+        return [self._bos_id] if self._adds_bos and not is_written else []
+
+    # -- prompts -----------------------------------------------------------------------------------
 
     def encode_prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
         """Text and ids of a prompt, the very ids with which a row of this prompt begins."""
-        text = self.template.render_prompt(conversation)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return text, self._bos(text) + ids
+        spells = self._text_tokenizer.spells_control(conversation)
+        rendering = self.template.render_prompt(conversation, marks_content=spells)
+        (tokens,) = self._text_tokenizer.encode([rendering], [spells])
+        text = rendering.text
+        return text, [*self._bos(rendering), *tokens.ids]
 
-    def _bos(self, text: str) -> list[int]:
-        # A chat template may have written the token itself; twice would be a different prompt.
-        needs_bos = self._adds_bos and not text.startswith(self.tokenizer.bos_token)
-        return [self.tokenizer.bos_token_id] if needs_bos else []
 
-    def _label(
-        self, row: list[Segment], text: str, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> EncodedExample:
-        # One flag per character; a token belongs to the segment that holds its last character.
-        answer_characters = np.zeros(len(text) + 1, dtype=bool)
-        start = 0
-        for segment in row:
-            end = start + len(segment.text)
-            answer_characters[start + 1 : end + 1] = segment.is_trained
-            start = end
-        spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-        is_answer = answer_characters[spans[:, 1]]
-        # GPT-NeoX's and RoBERTa's tokenizers trim spaces off a span: a token of spaces has an empty
-        # one, at its end, and is trained like any other.
-        begins_outside = ~answer_characters[np.minimum(spans[:, 0] + 1, spans[:, 1])]
-        bos = self._bos(text)
-        input_ids = np.asarray([*bos, *ids], dtype=np.int32)
-        is_trained = np.concatenate([np.zeros(len(bos), bool), is_answer | self.train_on_prompt])
-        kept_answer = len(bos) + np.flatnonzero(is_answer)
-        kept_answer = kept_answer[kept_answer < self.max_length]
-        return EncodedExample(
-            input_ids[: self.max_length],
-            is_trained[: self.max_length],
-            num_cut_tokens=max(0, len(input_ids) - self.max_length),
-            num_lost_tokens=int(is_trained[self.max_length :].sum()),
-            num_answer_tokens=len(kept_answer),
-            ends_in_stop=len(kept_answer) > 0 and int(input_ids[kept_answer[-1]]) in self.stop_ids,
-            num_straddling=int((is_answer & begins_outside).sum()),
-        )
+class _Run(NamedTuple):
+    start: int
+    end: int
+    is_answer: bool
+    weight: float
+    message: int | None
+    is_last: bool = False
 
 
 def stop_token_ids(template: PromptTemplate, tokenizer: Any) -> frozenset[int]:
     """The ids that end an answer: the end-of-text token, and what the template ends a turn with.
 
-    The second is read off a rendered probe, so that generation stops at the very token that
-    training taught (``<|im_end|>`` of a chat template whose end-of-text token is another).
+    So generation stops at the very token that training taught (``<|im_end|>`` of a chat template
+    whose end-of-text token is another).
     """
-    probe = Conversation((Message("user", "a"), Message("assistant", "b")))
-    trained = "".join(segment.text for segment in template.render(probe) if segment.is_trained)
-    last = tokenizer(trained, add_special_tokens=False)["input_ids"][-1]
-    is_special = last in tokenizer.all_special_ids or (
-        last in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[last].special
-    )
-    return frozenset({tokenizer.eos_token_id, last} if is_special else {tokenizer.eos_token_id})
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """Many rows in three flat arrays, a few bytes a token, cheap to share with loader workers."""
-
-    input_ids: np.ndarray
-    """``(num_tokens,)`` int32, row after row."""
-    is_trained: np.ndarray
-    """``(num_tokens,)`` bool."""
-    starts: np.ndarray
-    """``(num_rows + 1,)`` int64; row i is ``[starts[i], starts[i + 1])``."""
-
-    @classmethod
-    def from_examples(cls, examples: Iterable[EncodedExample]) -> EncodedRows:
-        """Concatenate examples, in order."""
-        rows = list(examples)
-        lengths = [len(row.input_ids) for row in rows]
-        if not rows:
-            return cls(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64))
-        return cls(
-            np.concatenate([row.input_ids for row in rows]),
-            np.concatenate([row.is_trained for row in rows]),
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        )
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """``(input_ids, labels)`` of a row, int64 each."""
-        span = slice(self.starts[row], self.starts[row + 1])
-        ids = self.input_ids[span].astype(np.int64)
-        return ids, np.where(self.is_trained[span], ids, IGNORE_INDEX)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """``(num_rows,)`` tokens of each row."""
-        return np.diff(self.starts)
-
-    @property
-    def num_trained(self) -> np.ndarray:
-        """``(num_rows,)`` trained tokens of each row."""
-        counts = np.concatenate([[0], np.cumsum(self.is_trained, dtype=np.int64)])
-        return np.diff(counts[self.starts])
-
-    def select(self, rows: Sequence[int] | np.ndarray) -> EncodedRows:
-        """These rows, in this order."""
-        spans = [slice(self.starts[row], self.starts[row + 1]) for row in rows]
-        if not spans:
-            return EncodedRows.from_examples([])
-        starts = np.concatenate([[0], np.cumsum(self.lengths[np.asarray(rows)])]).astype(np.int64)
-        return EncodedRows(
-            np.concatenate([self.input_ids[span] for span in spans]),
-            np.concatenate([self.is_trained[span] for span in spans]),
-            starts,
-        )
-
-    def fingerprint(self) -> str:
-        """SHA-256 of ids, labels and boundaries: what a run trained on, whatever its file name."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:  # every save asks for it
-        digest = hashlib.sha256()
-        for array in (self.input_ids, self.is_trained, self.starts):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+    stop = tokenizer.convert_tokens_to_ids(template.stop) if template.stop else None
+    return frozenset({tokenizer.eos_token_id} | ({stop} if stop is not None else set()))

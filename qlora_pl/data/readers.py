@@ -22,9 +22,12 @@ class Place(NamedTuple):
 
     source: str
     row: int
+    part: int = 0
+    """Counts from 1 where a row became several."""
 
     def __str__(self) -> str:
-        return f"{self.source}, row {self.row}"
+        part = f", part {self.part}" if self.part else ""
+        return f"{self.source}, row {self.row}{part}"
 
 
 def read_rows(

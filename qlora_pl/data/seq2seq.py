@@ -9,84 +9,112 @@ orders, keeps and resumes rows serves both kinds of model; ``collate_pairs`` tak
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX, Seq2SeqBatch
+from qlora_pl.data.audit import Limits
 from qlora_pl.data.batching import WIDTH_MULTIPLE
-from qlora_pl.data.conversation import Conversation
-from qlora_pl.data.encoding import EncodedExample, EncodedRows, Encoder
-from qlora_pl.data.templates import PromptTemplate
+from qlora_pl.data.conversation import Conversation, Message
+from qlora_pl.data.encoded_rows import EncodedRows
+from qlora_pl.data.encoding import EncodedExample, Encoder, TrainOn
+from qlora_pl.data.templates import PromptTemplate, Rendering, Segment
+from qlora_pl.data.tokenization import Tokens
 from qlora_pl.errors import ConfigurationError
 
 
-class Seq2SeqEncoder:
-    """Turns conversations into pairs; used as ``Encoder`` is.
+class Seq2SeqEncoder(Encoder):
+    """Turns conversations into pairs, one for each trained answer.
 
     Args:
-        template: Renders the questions.
+        template: Renders what comes before an answer.
         tokenizer: A fast transformers tokenizer.
-        max_length: Tokens that a source may have, its special tokens among them.
-        max_target_length: Tokens that a target may have; None: ``max_length``.
+        train_on: ``answers``, or the ``last_answer`` of each conversation.
     """
 
     def __init__(
-        self,
-        template: PromptTemplate,
-        tokenizer: Any,
-        max_length: int,
-        max_target_length: int | None = None,
+        self, template: PromptTemplate, tokenizer: Any, train_on: TrainOn = "answers"
     ) -> None:
-        self.template = template
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.max_target_length = max_length if max_target_length is None else max_target_length
-        self.stop_ids = frozenset({int(tokenizer.eos_token_id)})
+        super().__init__(template, tokenizer, train_on)
         self._before, self._after = _frame(tokenizer)
+        self.stop_ids = frozenset({self._after[-1]})
+
+    def definition(self) -> dict[str, Any]:
+        """See ``Encoder``."""
+        return super().definition() | {"frame": [self._before, self._after]}
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[EncodedExample]]:
-        """One pair for each trained answer, given everything that was said before it.
+        """The pairs of each conversation: an answer, and everything that was said before it.
 
         Raises:
-            ConfigurationError: for plain text, which has no question to be the source.
+            ConfigurationError: for plain text, which has no question, or if the template cannot
+                render one of them.
         """
-        asked = [list(_trained_answers(conversation)) for conversation in conversations]
-        questions = [self.template.render_prompt(before) for row in asked for before, _ in row]
-        sources = iter(self._tokenize(questions))
-        targets = iter(self._tokenize([answer for row in asked for _, answer in row]))
-        return [[self._pair(next(sources), next(targets)) for _ in row] for row in asked]
+        asked = [list(self._answers(conversation)) for conversation in conversations]
+        answers = [answer for its in asked for answer in its]
+        sides = [self._source(before) for before, _ in answers]
+        sides += [self._target(message) for _, message in answers]
+        tokens = self._text_tokenizer.encode([s for s, _ in sides], [apart for _, apart in sides])
+        examples = iter(
+            self._pair(message, source, target)._replace(
+                num_trimmed=rendering.num_trimmed, spells_control=source_spells or target_spells
+            )
+            for (_, message), source, target, (rendering, source_spells), (_, target_spells) in zip(
+                answers,
+                tokens[: len(answers)],
+                tokens[len(answers) :],
+                sides[: len(answers)],
+                sides[len(answers) :],
+                strict=True,
+            )
+        )
+        return [[next(examples) for _ in its] for its in asked]
 
     def encode_prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
         """Text and ids of a source, as in training."""
-        text = self.template.render_prompt(conversation)
-        return text, [*self._before, *self._tokenize([text])[0], *self._after]
+        rendering, spells = self._source(conversation)
+        (tokens,) = self._text_tokenizer.encode([rendering], [spells])
+        return rendering.text, [*self._before, *tokens.ids, *self._after]
 
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return ids
+    def _answers(self, conversation: Conversation) -> Iterator[tuple[Conversation, Message]]:
+        """Trained answers, each with what comes before it; the last one if none is trained."""
+        if conversation.is_plain_text:
+            raise ConfigurationError(
+                "plain text has no question for an encoder to read; name a format with questions "
+                "and answers in data.sources."
+            )
+        messages = conversation.messages
+        places = [place for place, m in enumerate(messages) if m.role == "assistant"]
+        trained = [place for place in places if messages[place].weight > 0]
+        if self.train_on == "last_answer":
+            trained = [place for place in trained if place == places[-1]]
+        for place in trained or places[-1:]:
+            yield Conversation(messages[:place]), messages[place]
 
-    def _pair(self, source: list[int], target: list[int]) -> EncodedExample:
-        # A source that is cut keeps its frame. A target does not: an end in the middle of an
-        # answer would teach to stop there.
-        frame = len(self._before) + len(self._after)
-        kept = source[: max(0, self.max_length - frame)]
-        source_ids = [*self._before, *kept, *self._after]
-        whole = [*self._before, *target, *self._after]
-        target_ids = whole[: self.max_target_length]
-        num_lost = len(whole) - len(target_ids)
+    def _source(self, conversation: Conversation) -> tuple[Rendering, bool]:
+        spells = self._text_tokenizer.spells_control(conversation)
+        return self.template.render_prompt(conversation, marks_content=spells), spells
+
+    def _target(self, message: Message) -> tuple[Rendering, bool]:
+        spells = self._text_tokenizer.spells_control(Conversation((message,)))
+        return Rendering([Segment(message.content, True, 0, is_content=True)]), spells
+
+    def _pair(self, message: Message, source: Tokens, target: Tokens) -> EncodedExample:
+        source_ids = [*self._before, *source.ids, *self._after]
+        target_ids = [*self._before, *target.ids, *self._after]
+        is_target = np.repeat([False, True], [len(source_ids), len(target_ids)])
+        weight = np.float32(message.weight)
         return EncodedExample(
-            np.asarray([*source_ids, *target_ids], dtype=np.int32),
-            np.repeat([False, True], [len(source_ids), len(target_ids)]),
-            num_cut_tokens=len(source) - len(kept) + num_lost,
-            num_lost_tokens=num_lost,
-            num_answer_tokens=len(target_ids),
-            ends_in_stop=target_ids[-1] in self.stop_ids,
-            num_straddling=0,
+            np.array([*source_ids, *target_ids], dtype=np.int32),
+            is_target & (weight > 0),
+            is_target,
+            num_bos=len(self._before),
+            weights=None if weight in (0, 1) else is_target * weight,
+            num_source=len(source_ids),
+            num_source_end=len(self._after),
         )
 
 
@@ -94,34 +122,33 @@ def choose_encoder(
     model_config: Any,
     template: PromptTemplate,
     tokenizer: Any,
-    max_lengths: tuple[int, int | None],
-    train_on_prompt: bool,
-) -> Encoder | Seq2SeqEncoder:
+    train_on: TrainOn,
+    append_eos: bool,
+    limits: Limits,
+) -> Encoder:
     """The encoder that a model's rows need, told from its transformers configuration.
-
-    Args:
-        model_config: None: of a causal model.
-        template: Renders conversations.
-        tokenizer: A fast transformers tokenizer.
-        max_lengths: ``data.max_length`` and ``data.max_target_length``.
-        train_on_prompt: Whether prompts are trained too.
 
     Raises:
         ConfigurationError: for settings that have no meaning for such a model.
     """
     if not getattr(model_config, "is_encoder_decoder", False):
-        if max_lengths[1] is not None:
+        if limits.max_target_length is not None:
             raise ConfigurationError(
                 "data.max_target_length: a causal model's questions and answers share "
                 "data.max_length; remove it."
             )
-        return Encoder(template, tokenizer, max_lengths[0], train_on_prompt)
-    if train_on_prompt:
+        return Encoder(template, tokenizer, train_on, append_eos)
+    if train_on not in ("answers", "last_answer"):
         raise ConfigurationError(
-            "data.train_on_prompt: an encoder-decoder model's questions are read by its encoder, "
-            "which predicts nothing; set it to false."
+            f"data.train_on: {train_on} has no meaning for an encoder-decoder model, whose encoder "
+            "predicts nothing; choose answers or last_answer."
         )
-    return Seq2SeqEncoder(template, tokenizer, *max_lengths)
+    if limits.overlong == "split":
+        raise ConfigurationError(
+            "data.overlong: an encoder-decoder model's pairs of question and answer cannot be "
+            "split; choose cut, cut_keep_stop, cut_prompt, drop or error."
+        )
+    return Seq2SeqEncoder(template, tokenizer, train_on)
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -131,19 +158,6 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
     before, after = framed[:start], framed[start + len(plain) :]
     return before, after if tokenizer.eos_token_id in after else [*after, tokenizer.eos_token_id]
-
-
-def _trained_answers(conversation: Conversation) -> list[tuple[Conversation, str]]:
-    if conversation.is_plain_text:
-        raise ConfigurationError(
-            "plain text has no question for an encoder to read; name a format with questions and "
-            "answers (data.sources: format)."
-        )
-    return [
-        (Conversation(conversation.messages[:place]), message.content)
-        for place, message in enumerate(conversation.messages)
-        if message.role == "assistant" and message.weight > 0
-    ]
 
 
 def collate_pairs(rows: EncodedRows, row_ids: np.ndarray, pad_id: int) -> Seq2SeqBatch:
@@ -156,31 +170,38 @@ def collate_pairs(rows: EncodedRows, row_ids: np.ndarray, pad_id: int) -> Seq2Se
         row_ids: Which of them.
         pad_id: The id that fills short sources.
     """
-    sources, targets = [], []
-    for ids, labels in (rows[row] for row in row_ids):
+    sources, targets, weights = [], [], []
+    for row in row_ids:
+        ids, labels = rows[row]
         first = int(np.argmax(labels != IGNORE_INDEX))
         sources.append(ids[:first])
         targets.append(labels[first:])
+        of_row = rows.weights(row)
+        if of_row is not None:
+            weights.append(of_row[first:])
     if not sources:
         sources, targets = [np.full(1, pad_id)], [np.full(1, IGNORE_INDEX)]
         row_ids = np.array([FILLER_ROW])
     input_ids, attention_mask = _pad(sources, pad_id)
     padded_labels, decoder_attention_mask = _pad(targets, IGNORE_INDEX)
-    return {
+    batch: Seq2SeqBatch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": padded_labels,
         "decoder_attention_mask": decoder_attention_mask,
         "row_ids": torch.from_numpy(np.asarray(row_ids, dtype=np.int64)),
     }
+    if weights:
+        batch["loss_weights"] = _pad(weights, 1)[0]
+    return batch
 
 
 def _pad(sides: Sequence[np.ndarray], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(B, T)`` int64 tokens, and 1 where they are not padding."""
+    """``(B, T)`` values of the sides' type, and 1 where they are not padding."""
     width = math.ceil(max(len(side) for side in sides) / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    tokens = torch.full((len(sides), width), filler, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
+    padded = np.full((len(sides), width), filler, dtype=sides[0].dtype)
+    mask = np.zeros((len(sides), width), dtype=np.int64)
     for place, side in enumerate(sides):
-        tokens[place, : len(side)] = torch.from_numpy(np.asarray(side, dtype=np.int64))
+        padded[place, : len(side)] = side
         mask[place, : len(side)] = 1
-    return tokens, mask
+    return torch.from_numpy(padded), torch.from_numpy(mask)

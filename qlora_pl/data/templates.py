@@ -1,13 +1,16 @@
-"""A ``Conversation`` -> segments of text, each trained or not.
+"""A ``Conversation`` -> segments of text: whose turn each is, and what the model is to write.
 
-The space or newline at a joint belongs to the answer's side: a prompt that ends in a space would be
-tokenised differently in training (" The" is one token) and in use (" " stands alone).
+Which of it is trained is decided later, by the encoder: a template only says where answers are.
 """
 
 from __future__ import annotations
 
+import re
+import string
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from qlora_pl.data.conversation import Conversation, Message
@@ -18,217 +21,224 @@ class Segment(NamedTuple):
     """A stretch of the rendered text."""
 
     text: str
-    is_trained: bool
+    is_answer: bool = False
+    """Whether the model is to write it: an answer, up to and with its stop token."""
+    message: int | None = None
+    """The place of the message whose turn it is; None: the template's own text, or not told."""
+    is_content: bool = False
+    """Whether it comes from the row, so that nothing in it is a control token."""
+
+
+class Rendering(NamedTuple):
+    """One row of text that a conversation becomes."""
+
+    segments: list[Segment]
+    num_trimmed: int = 0
+    """Messages whose first or last spaces the template left out."""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(segment.text for segment in self.segments)
 
 
 class PromptTemplate(ABC):
     """Renders conversations; the same object serves training, validation and use."""
 
     name: str
+    stop: str
+    """The token that ends an answer, as text."""
 
     @abstractmethod
-    def render(self, conversation: Conversation) -> list[Segment]:
-        """The whole conversation; every answer is trained up to and with its stop token."""
+    def render_rows(
+        self,
+        conversations: Sequence[Conversation],
+        only_last: bool = False,
+        marks_content: bool = False,
+    ) -> list[list[Rendering]]:
+        """What each conversation becomes: one row, or several where turns must be taken apart.
+
+        Args:
+            conversations: None of them plain text.
+            only_last: Whether the last answer alone counts as one.
+            marks_content: Whether segments must tell the row's text from the template's.
+        """
 
     @abstractmethod
-    def render_prompt(self, conversation: Conversation) -> str:
+    def render_prompt(self, conversation: Conversation, marks_content: bool = False) -> Rendering:
         """The text after which the model's next answer follows."""
 
+    @abstractmethod
+    def definition(self) -> dict[str, str]:
+        """All that decides what it renders, in plain types."""
 
-@dataclass(frozen=True)
+    def render(self, conversation: Conversation) -> list[Segment]:
+        """The segments of a conversation that becomes one row."""
+        ((rendering,),) = self.render_rows([conversation])
+        return rendering.segments
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextTemplate(PromptTemplate):
-    """Plain-text markers around the turns; the tokenizer's end-of-text token ends each answer."""
+    """Plain text around the turns, written as formats.
+
+    In all of them ``{bos}`` and ``{eos}`` are the tokenizer's; braces are doubled to stand for
+    themselves.
+    """
 
     name: str
     question: str
-    """Format of a question without context; ``{content}``."""
-    answer_cue: str
-    """What the answer follows."""
+    """A question without context; ``{content}``."""
     answer: str
-    """Format of an answer; ``{content}``."""
-    eos_token: str
+    """An answer; ``{content}``."""
+    answer_cue: str = ""
+    """What the answer follows."""
+    stop: str = ""
+    """The token that ends an answer; empty: the tokenizer's end of text."""
     question_with_context: str = ""
-    """Format of a question with context, ``{content}`` and ``{context}``; empty: joined by a
-    blank line."""
+    """A question with context, ``{content}`` and ``{context}``; empty: joined by a blank line."""
+    system: str = "{content}\n\n"
+    """A system message; ``{content}``."""
+    question_with_system: str = ""
+    """The first question where there is a system message, ``{content}`` and ``{system}``, for
+    templates that fold it in; empty: ``system`` comes before it."""
     preamble: str = ""
     """Before the first question, when the conversation has no system message of its own."""
     preamble_with_context: str = ""
+    """The same before a first question that has context; empty: ``preamble``."""
     separator: str = ""
     """Between an answer and the next question."""
 
-    def render(self, conversation: Conversation) -> list[Segment]:
-        """See ``PromptTemplate``; plain text is trained whole, then stops."""
-        if conversation.is_plain_text:
-            return [Segment(conversation.reference + self.eos_token, True)]
-        segments: list[Segment] = []
-        pending = ""
-        for message in conversation.messages:
-            if message.role == "assistant":
-                segments.append(Segment(pending + self.answer_cue, False))
-                answer = self.answer.format(content=message.content) + self.eos_token
-                segments.append(Segment(answer, True))
-                pending = self.separator
+    def definition(self) -> dict[str, str]:
+        """See ``PromptTemplate``."""
+        return asdict(self)
+
+    def render_rows(
+        self,
+        conversations: Sequence[Conversation],
+        only_last: bool = False,
+        marks_content: bool = False,
+    ) -> list[list[Rendering]]:
+        """See ``PromptTemplate``; every conversation is one row."""
+        return [[Rendering(list(self._segments(c.messages, only_last)))] for c in conversations]
+
+    def render_prompt(self, conversation: Conversation, marks_content: bool = False) -> Rendering:
+        """See ``PromptTemplate``."""
+        segments = list(self._segments(conversation.messages, only_last=False))
+        return Rendering([*segments, *_fill(self.answer_cue, None)])
+
+    def _segments(self, messages: Sequence[Message], only_last: bool) -> Iterator[Segment]:
+        system = None
+        has_asked = False
+        for place, message in enumerate(messages):
+            if (
+                message.role == "system"
+            ):  # an empty one, as datasets with such a column have, is none
+                system = message.content or None
+                if system and not self.question_with_system:
+                    yield from _fill(self.system, place, content=system)
+            elif message.role == "user":
+                if has_asked:
+                    yield from _fill(self.separator, None)
+                yield from self._question(message, place, system, is_first=not has_asked)
+                has_asked = True
             else:
-                pending += self._asked(message, is_first=not segments and not pending)
-        return segments
+                yield from _fill(self.answer_cue, None)
+                is_answer = place == len(messages) - 1 or not only_last
+                answer = _fill(self.answer, place, is_answer, content=message.content)
+                yield from (*answer, Segment(self.stop, is_answer, place))
 
-    def render_prompt(self, conversation: Conversation) -> str:
-        """See ``PromptTemplate``."""
-        asked = Conversation((*conversation.messages, Message("assistant", "?")))
-        return "".join(segment.text for segment in self.render(asked)[:-1])
-
-    def _asked(self, message: Message, is_first: bool) -> str:
-        if message.role == "system":  # an empty one, as datasets with such a column have, is none
-            return message.content + "\n\n" if message.content else ""
-        preamble = self.preamble if is_first else ""
-        if not message.context:
-            return preamble + self.question.format(content=message.content)
-        if not self.question_with_context:
-            content = f"{message.content}\n\n{message.context}"
-            return preamble + self.question.format(content=content)
-        preamble = self.preamble_with_context if is_first else ""
-        return preamble + self.question_with_context.format(
-            content=message.content, context=message.context
-        )
-
-
-class ChatTemplate(PromptTemplate):
-    """The template that the tokenizer brings along.
-
-    The trained spans come from rendering the conversation up to each answer, with and without it,
-    and never from searching the text: a user who types the marker cannot move them.
-    """
-
-    name = "chat"
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def _text(self, messages: tuple[Message, ...], asks: bool) -> str:
-        turns = [
-            {
-                "role": message.role,
-                "content": f"{message.content}\n\n{message.context}"
-                if message.context
-                else message.content,
-            }
-            for message in messages
-        ]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=asks
-            )
-        except Exception as error:  # whatever the template raises: a role that it does not know
-            raise ConfigurationError(
-                "data.template: the tokenizer's chat template refuses this conversation "
-                f"({error}); choose another template."
-            ) from error
-        assert isinstance(text, str)
-        return text
-
-    def render(self, conversation: Conversation) -> list[Segment]:
-        """See ``PromptTemplate``.
-
-        Raises:
-            ConfigurationError: if the template refuses the conversation, or rewrites earlier turns
-                when later ones come, so that no span can be told.
-        """
-        if conversation.is_plain_text:
-            return [Segment(conversation.reference + self._tokenizer.eos_token, True)]
-        segments: list[Segment] = []
-        done = ""
-        for place, message in enumerate(conversation.messages):
-            if message.role != "assistant":
-                continue
-            asked = self._text(conversation.messages[:place], asks=True)
-            answered = self._text(conversation.messages[: place + 1], asks=False)
-            if not asked.startswith(done) or not answered.startswith(asked):
-                raise ConfigurationError(
-                    "data.template: the tokenizer's chat template renders an answer differently "
-                    f"from its prompt (message {place + 1}), so its trained tokens cannot be told; "
-                    "choose another template."
-                )
-            turn = answered[len(asked) :]
-            answer = turn.rstrip()  # what follows the stop token is never generated
-            segments.append(Segment(asked[len(done) :], False))
-            segments.append(Segment(answer, True))
-            segments.append(Segment(turn[len(answer) :], False))
-            done = answered
-        return segments
-
-    def render_prompt(self, conversation: Conversation) -> str:
-        """See ``PromptTemplate``."""
-        return self._text(conversation.messages, asks=True)
+    def _question(
+        self, message: Message, place: int, system: str | None, is_first: bool
+    ) -> Iterator[Segment]:
+        preamble = self.preamble if is_first and system is None else ""
+        content, context = message.content, message.context
+        if context and self.question_with_context:
+            if preamble:
+                preamble = self.preamble_with_context or preamble
+            yield from _fill(preamble, None)
+            yield from _fill(self.question_with_context, place, content=content, context=context)
+            return
+        if context:
+            content = f"{content}\n\n{context}"
+        yield from _fill(preamble, None)
+        if is_first and system is not None and self.question_with_system:
+            yield from _fill(self.question_with_system, place, content=content, system=system)
+        else:
+            yield from _fill(self.question, place, content=content)
 
 
-ALPACA = (  # Stanford Alpaca's wording, with and without an input
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-)
+@lru_cache(maxsize=256)
+def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
+    return tuple((literal, field) for literal, field, _, _ in string.Formatter().parse(text))
 
-TEXT_TEMPLATES: dict[str, dict[str, str]] = {
-    "alpaca": {
-        "preamble": ALPACA,
-        "preamble_with_context": ALPACA_WITH_INPUT,
-        "question": "### Instruction:\n{content}\n\n",
-        "question_with_context": "### Instruction:\n{content}\n\n### Input:\n{context}\n\n",
-        "answer_cue": "### Response:",
-        "answer": " {content}",
-        "separator": "\n\n",
-    },
-    "instruction-response": {
-        "question": "### Instruction:\n{content}\n\n",
-        "answer_cue": "### Response:\n",
-        "answer": "{content}",
-        "separator": "\n\n",
-    },
-    # Nothing but the text itself, for bases that continue it; an answer follows after a space.
-    "plain": {"question": "{content}", "answer_cue": "", "answer": " {content}"},
-    # The spacing of the openassistant-guanaco rows, which the published Guanaco adapters saw.
-    "guanaco": {
-        "question": "### Human: {content}",
-        "answer_cue": "### Assistant:",
-        "answer": " {content}",
-    },
+
+def _fill(
+    text: str, message: int | None, is_answer: bool = False, **values: str
+) -> Iterator[Segment]:
+    for literal, field in _parts(text):
+        if literal:
+            yield Segment(literal, is_answer, message)
+        if field and values[field]:
+            yield Segment(values[field], is_answer, message, is_content=True)
+
+
+FIELDS = {  # what the formats of a template may name
+    "question_with_context": {"content", "context"},
+    "question_with_system": {"content", "system"},
+    "question": {"content"},
+    "answer": {"content"},
+    "system": {"content"},
 }
 
-TEMPLATES = ("auto", "chat", *TEXT_TEMPLATES)
 
-
-def load_template(name: str, tokenizer: Any) -> PromptTemplate:
-    """The template of this name, bound to the tokenizer that its stop token comes from.
-
-    Args:
-        name: One of ``TEMPLATES``; ``auto`` takes the tokenizer's chat template where it has one
-            and ``instruction-response`` otherwise.
-        tokenizer: A transformers tokenizer.
+def text_template(name: str, texts: Mapping[str, Any], tokenizer: Any) -> TextTemplate:
+    """A template of these formats, with the tokenizer's tokens put in.
 
     Raises:
-        ConfigurationError: for an unknown name, a tokenizer without a chat template, or one without
-            an end-of-text token.
+        ConfigurationError: for an unknown field, a format that lacks its content, or a token that
+            the tokenizer does not have.
     """
-    if name not in TEMPLATES:
-        raise ConfigurationError(
-            f"data.template: no template is called '{name}' (known: {', '.join(TEMPLATES)})"
-            f"{did_you_mean(name, TEMPLATES)}"
-        )
-    has_chat_template = bool(getattr(tokenizer, "chat_template", None))
-    if name == "auto":
-        name = "chat" if has_chat_template else "instruction-response"
-    if tokenizer.eos_token is None:
-        raise ConfigurationError(
-            f"data.tokenizer: '{tokenizer.name_or_path}' has no end-of-text token, so a model "
-            "could not learn to stop; set eos_token in its tokenizer_config.json."
-        )
-    if name != "chat":
-        return TextTemplate(name=name, eos_token=tokenizer.eos_token, **TEXT_TEMPLATES[name])
-    if not has_chat_template:
-        raise ConfigurationError(
-            f"data.template: the tokenizer '{tokenizer.name_or_path}' has no chat template; choose "
-            f"one of {', '.join(TEXT_TEMPLATES)}."
-        )
-    return ChatTemplate(tokenizer)
+    known = [field.name for field in fields(TextTemplate) if field.name != "name"]
+    problems = []
+    for field, text in texts.items():
+        if field not in known:
+            problems.append(f"a template has no field '{field}'{did_you_mean(str(field), known)}")
+        elif not isinstance(text, str):
+            problems.append(f"{field} must be text, got {text!r}.")
+        elif problem := _format_problem(field, text):
+            problems.append(problem)
+    problems += [f"it needs '{name}'." for name in ("question", "answer") if name not in texts]
+    if problems:
+        raise ConfigurationError(f"data.template: {problem}" for problem in problems)
+    tokens = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token}
+    filled = {field: _with_tokens(text, tokens) for field, text in texts.items()}
+    filled["stop"] = filled.get("stop") or tokenizer.eos_token
+    for token in sorted(set(re.findall(r"<\|\w+\|>", "".join(filled.values())))):
+        if token not in tokenizer.get_added_vocab():
+            raise ConfigurationError(
+                f"data.template: '{name}' writes {token}, which is no token of "
+                f"'{tokenizer.name_or_path}'; choose the template that its base was trained with."
+            )
+    return TextTemplate(name=name, **filled)
+
+
+def _format_problem(field: str, text: str) -> str | None:
+    needed = FIELDS.get(field, set())
+    try:
+        named = {part for _, part in _parts(text) if part is not None}
+    except ValueError as error:
+        return f"{field} is no format ({error}); double the braces that stand for themselves."
+    if unknown := named - needed - {"bos", "eos"}:
+        return f"{field} names {{{sorted(unknown)[0]}}}, known there: {sorted(needed) or 'none'}."
+    if text and (lacking := needed - named):
+        return f"{field} lacks {{{sorted(lacking)[0]}}}."
+    return None
+
+
+def _with_tokens(text: str, tokens: Mapping[str, str]) -> str:
+    return "".join(
+        literal.replace("{", "{{").replace("}", "}}")
+        + (tokens.get(field, f"{{{field}}}") if field else "")
+        for literal, field in _parts(text)
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_pl.errors import ConfigurationError, TrainingStoppedError
-from qlora_pl.files import sha256_file, write_json
+from qlora_pl.files import cache_root, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +46,6 @@ class BaseIdentity:
     def fingerprint(self) -> str:
         """Both in one."""
         return hashlib.sha256(f"{self.weights}{self.config}".encode()).hexdigest()
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """Where this project keeps what can be made again: 4-bit weights, fingerprints.
-
-    ``cache_dir`` if given, else the environment's ``QLORA_PL_CACHE``, else ``~/.cache/qlora_pl``.
-    """
-    chosen = cache_dir or os.environ.get("QLORA_PL_CACHE") or "~/.cache/qlora_pl"
-    return Path(chosen).expanduser()
 
 
 def identify_base(name: str, revision: str | None, cache_dir: str | None) -> BaseIdentity:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from qlora_pl.errors import TrainingStoppedError
-from qlora_pl.files import TEMPORARY_PREFIX, sha256_file, write_json
-from qlora_pl.modeling.identity import BaseIdentity, cache_root
+from qlora_pl.files import TEMPORARY_PREFIX, cache_root, sha256_file, write_json
+from qlora_pl.modeling.identity import BaseIdentity
 from qlora_pl.modeling.quantization import BLOCK_SIZE, QuantizationConfig
 
 logger = logging.getLogger(__name__)

@@ -180,11 +180,11 @@ def held_out_rows(data: Any) -> dict[str, np.ndarray] | None:
     rows = data.splits["val"].rows
     if not len(rows):
         return None
-    some = rows.select(range(min(HELD_OUT_ROWS, len(rows))))
+    some = rows.select(range(min(HELD_OUT_ROWS, len(rows)))).compact()
     return {
         "input_ids": some.input_ids,
         "is_trained": some.is_trained.astype(np.uint8),
-        "starts": some.starts,
+        "starts": np.append(some.starts, len(some.input_ids)),
     }
 
 

@@ -99,7 +99,7 @@ class SampleWriter(Callback):
     def _conversations(self, data: Any) -> list[Conversation]:
         if self.prompts is not None:
             return [Conversation((Message("user", prompt),)) for prompt in self.prompts]
-        rows = [c for c in data.splits["val"].conversations if not c.is_plain_text]
+        rows = [c for c in data.splits["val"].conversations.each() if not c.is_plain_text]
         return [conversation.prompt for conversation in rows[: self.num_prompts]]
 
     def _write(self, trainer: Trainer, questions: list[str], answers: list[str]) -> None:

@@ -12,10 +12,11 @@ import pytest
 from conftest import CHAT_TEMPLATE
 from toy_tokenizers import TEXTS, build, spell
 
-from qlora_pl.data.audit import DataReport, EncodedSplit, encode_sources
-from qlora_pl.data.encoding import TOKENIZER_CHUNK, Encoder
+from qlora_pl.data.audit import DataReport, Limits
+from qlora_pl.data.encoding import TOKENIZER_CHUNK, Encoder, TrainOn
+from qlora_pl.data.preparation import EncodedSplit, prepare_split
 from qlora_pl.data.sources import RowSources
-from qlora_pl.data.templates import load_template
+from qlora_pl.data.template_loading import load_template
 from qlora_pl.errors import DatasetFormatError, QLoRAError
 
 LONG = 10_000
@@ -29,12 +30,12 @@ def audit(
     max_lost_ratio: float = 1.0,
     template: str = "guanaco",
     chat_template: str | None = CHAT_TEMPLATE,
-    train_on_prompt: bool = False,
+    train_on: TrainOn = "answers",
 ) -> EncodedSplit:
     tokenizer = build("bytes", chat_template)
-    encoder = Encoder(load_template(template, tokenizer), tokenizer, max_length, train_on_prompt)
-    parsed = RowSources.parse(sources)
-    return encode_sources(parsed, encoder, overlong, max_lost_ratio, "data.x")
+    encoder = Encoder(load_template(template, tokenizer), tokenizer, train_on)
+    limits = Limits(max_length=max_length, overlong=overlong, max_lost_ratio=max_lost_ratio)
+    return prepare_split(RowSources.parse(sources), encoder, limits, "data.x")
 
 
 def sentence(*arguments: Any, **settings: Any) -> str:
@@ -45,7 +46,7 @@ def sentence(*arguments: Any, **settings: Any) -> str:
 
 def prompt_length() -> int:
     """Tokens of the prompt "q"; a row has these, a space, a token for each digit, and a stop."""
-    encoder = Encoder(load_template("guanaco", build("bytes")), build("bytes"), LONG)
+    encoder = Encoder(load_template("guanaco", build("bytes")), build("bytes"))
     split = audit([SHORT])
     length = len(encoder.encode_prompt(split.conversations[0].prompt)[1])
     assert split.rows.lengths.tolist() == [length + 1 + 4 + 1]
@@ -87,7 +88,9 @@ def test_a_selection_reports_on_itself():
     assert [c.reference for c in part.conversations] == ["7" * 10, "7" * 4]
     assert [place.row for place in part.places] == [3, 1]
     assert part.report.num_rows == 2
-    assert part.report.num_tokens == int(part.rows.lengths.sum()) == len(part.rows.input_ids)
+    assert (
+        part.report.num_tokens == int(part.rows.lengths.sum()) == len(part.rows.compact().input_ids)
+    )
     assert part.report.num_trained_tokens == 12 + 6
     assert part.report.longest == int(part.rows.lengths[0])
     assert split.select([]).report.num_rows == 0
@@ -240,16 +243,16 @@ def test_rows_whose_every_answer_is_cut_away_are_an_error(overlong: str):
 def test_rows_without_an_answer_are_dropped_even_if_prompts_are_trained():
     """Otherwise a file whose every answer is cut away would train on questions, without a word."""
     long = {"prompt": "q" * 50, "response": "7"}
-    found = sentence([long], 40, train_on_prompt=True)
+    found = sentence([long], 40, train_on="everything")
     assert found.startswith("data.x: nothing to train on, no answer fits into data.max_length 40")
-    split = audit([SHORT, long], 40, train_on_prompt=True)
+    split = audit([SHORT, long], 40, train_on="everything")
     assert [place.row for place in split.places] == [1]
 
 
 @pytest.mark.parametrize("template", ["guanaco", "chat"])
 def test_training_on_prompts_is_no_reason_to_miss_a_stop_token(template: str):
     """A chat template writes a newline after it, which then is the last trained token."""
-    split = audit([SHORT], template=template, train_on_prompt=True)
+    split = audit([SHORT], template=template, train_on="everything")
     assert split.report.num_unstopped == 0
     assert split.report.num_trained_tokens == split.report.num_tokens
 
@@ -264,7 +267,7 @@ UNSTOPPED = (
 
 def test_a_template_that_never_stops_is_refused():
     found = sentence([GOOD], template="chat", chat_template=UNSTOPPED)
-    assert "1 rows do not end in a trained stop token under the template 'chat'" in found
+    assert "1 answer does not end in a trained stop token under the template 'chat'" in found
 
 
 def test_cut_rows_do_not_hide_rows_that_never_stop():
@@ -286,7 +289,7 @@ def test_cut_rows_do_not_hide_rows_that_never_stop():
     stopping = UNSTOPPED.replace("'stop' in m['content']", "m['content'] != 'a'")
     settings = {"template": "chat", "chat_template": stopping, "max_length": 30}
     assert audit([dialogue] * 3, **settings).report.num_cut == 3
-    assert "1 rows do not end" in sentence([dialogue, endless, dialogue, dialogue], **settings)
+    assert "1 answer does not end" in sentence([dialogue, endless, dialogue, dialogue], **settings)
 
 
 def test_a_cut_answer_needs_no_stop_token():

@@ -27,7 +27,8 @@ from qlora_pl.data.batching import (
     collate_prompts,
     epoch_steps,
 )
-from qlora_pl.data.encoding import EncodedExample, EncodedRows
+from qlora_pl.data.encoded_rows import EncodedRows
+from qlora_pl.data.encoding import EncodedExample
 
 PAD = 0
 
@@ -38,7 +39,7 @@ def rows_of_lengths(lengths: Iterable[int]) -> EncodedRows:
     for number, length in enumerate(lengths):
         is_trained = np.arange(length) >= length // 2
         ids = np.full(length, number, dtype=np.int32)
-        examples.append(EncodedExample(ids, is_trained, 0, 0, length, True, 0))
+        examples.append(EncodedExample(ids, is_trained, is_trained))
     return EncodedRows.from_examples(examples)
 
 
@@ -257,7 +258,9 @@ def test_rows_are_padded_on_the_right_and_masked_by_length():
     rows = EncodedRows(
         np.array([4, PAD, PAD, 7, 8], np.int32),
         np.array([0, 0, 1, 0, 1], bool),
-        np.array([0, 3, 5]),
+        np.array([0, 3]),
+        np.array([3, 2]),
+        np.array([1, 1]),
     )
     batch = collate(rows, np.array([1, 0]), PAD)
     assert batch["input_ids"].tolist() == [[7, 8, *[PAD] * 6], [4, *[PAD] * 7]]

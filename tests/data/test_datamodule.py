@@ -93,7 +93,7 @@ def test_the_split_depends_on_its_own_seed_alone(ready: Callable[..., Instructio
         {"batch_size": 5},
         {"group_by_length": False},
         {"max_train_samples": 4},
-        {"train_on_prompt": True},
+        {"train_on": "everything"},
         {"template": "guanaco"},
     ]
     assert all(validated(**settings) == first for settings in same)
@@ -165,7 +165,7 @@ def test_a_second_setup_reads_nothing(
 ):
     data = ready(val_size=6)
     before = dict(data.splits)
-    monkeypatch.setattr("qlora_pl.data.datamodule.encode_sources", None)
+    monkeypatch.setattr("qlora_pl.data.datamodule.prepare_split", None)
     for stage in ("fit", "validate", "predict"):
         data.setup(stage)
     assert data.splits == before

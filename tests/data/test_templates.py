@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import copy
 import random
+from itertools import groupby
 from typing import Any
 
 import pytest
 from conftest import CHAT_TEMPLATE
 from toy_tokenizers import TEXTS, asked, build
 
+from qlora_pl.data.chat_template import ChatTemplate
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.templates import (
-    TEMPLATES,
-    TEXT_TEMPLATES,
-    ChatTemplate,
-    PromptTemplate,
-    load_template,
-)
+from qlora_pl.data.template_loading import TEMPLATES, load_template
+from qlora_pl.data.template_texts import TEXT_TEMPLATES
+from qlora_pl.data.templates import PromptTemplate, Segment
 from qlora_pl.errors import ConfigurationError
 
-NAMES = [*TEXT_TEMPLATES, "chat"]
+NAMES = [name for name in (*TEXT_TEMPLATES, "chat") if name != "llama3"]  # has tokens of its own
 
 
 def template(name: str, chat_template: str | None = CHAT_TEMPLATE) -> PromptTemplate:
     return load_template(name, build("bytes", chat_template))
 
 
+def in_brackets(segments: list[Segment]) -> str:
+    """The text with each answer in ⟦brackets⟧."""
+    text = ""
+    for is_answer, some in groupby(segments, key=lambda s: s.message if s.is_answer else None):
+        joined = "".join(segment.text for segment in some)
+        text += joined if is_answer is None else f"⟦{joined}⟧"
+    return text
+
+
 def shown(rendered_by: PromptTemplate, conversation: Conversation) -> str:
-    """The text with what is trained in ⟦brackets⟧."""
-    return "".join(
-        f"⟦{segment.text}⟧" if segment.is_trained else segment.text
-        for segment in rendered_by.render(conversation)
-    )
+    return in_brackets(rendered_by.render(conversation))
 
 
 def with_context(question: str, context: str, answer: str) -> Conversation:
@@ -115,7 +118,7 @@ def test_rendered_text_is_the_published_one_with_only_answers_trained(
 
 def test_an_empty_system_message_is_no_system_message():
     """Datasets with a system column leave it empty more often than not."""
-    for name in TEXT_TEMPLATES:
+    for name in set(NAMES) - {"chat"}:
         empty = asked("Why?", "Because.", system="")
         assert shown(template(name), empty) == shown(template(name), PLAIN)
 
@@ -128,7 +131,7 @@ def test_a_prompt_is_the_text_before_the_answer(name: str):
         contents = chosen.choices(TEXTS, k=2 * chosen.randint(1, 3))
         conversation = asked(*contents, system=chosen.choice([None, "Be brief."]))
         text = "".join(segment.text for segment in rendered_by.render(conversation))
-        prompt = rendered_by.render_prompt(conversation.prompt)
+        prompt = rendered_by.render_prompt(conversation.prompt).text
         assert text.startswith(prompt)
         assert text[len(prompt) :].lstrip(" ").startswith(contents[-1].lstrip(" "))
 
@@ -137,18 +140,10 @@ def test_a_prompt_is_the_text_before_the_answer(name: str):
 def test_what_a_user_writes_does_not_move_what_is_trained(name: str):
     """By comparison with a harmless text in the same place: markers, control tokens, braces."""
     rendered_by = template(name)
-    harmless = [segment.is_trained for segment in rendered_by.render(asked("q", "a", "q", "a"))]
+    harmless = shown(rendered_by, asked("q§", "a§", "q§", "a§"))
     for text in TEXTS:
-        segments = rendered_by.render(asked(text, text, text, text))
-        assert [segment.is_trained for segment in segments] == harmless
-        trained = [segment.text for segment in segments if segment.is_trained]
-        assert len(trained) == 2
-        assert all(text in answer for answer in trained)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_plain_text_gets_a_stop_token_and_no_template(name: str):
-    assert shown(template(name), Conversation.from_text("Once upon")) == "⟦Once upon</s>⟧"
+        expected = harmless.replace("q§", text).replace("a§", text)
+        assert shown(rendered_by, asked(text, text, text, text)) == expected
 
 
 # -- the tokenizer's own template --------------------------------------------------------------
@@ -161,19 +156,64 @@ def test_a_chat_template_that_trims_its_messages_is_followed():
     )
 
 
-def test_a_chat_template_that_rewrites_earlier_answers_is_refused():
-    """As the templates of reasoning models, which drop the thoughts of earlier answers."""
-    forgetful = (
-        "{% for m in messages %}[{{ m['role'] }}]"
-        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
-        "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    rendered_by = template("chat", forgetful)
+FORGETFUL = (  # as the templates of reasoning models, which drop the thoughts of earlier answers
+    "{% for m in messages %}[{{ m['role'] }}]"
+    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_chat_template_that_rewrites_earlier_answers_gives_a_row_for_each():
+    rendered_by = template("chat", FORGETFUL)
     assert shown(rendered_by, PLAIN) == "[user]Why?</s>[assistant]⟦<think></think>Because.</s>⟧"
+    (rows,) = rendered_by.render_rows([TWO_TURNS])
+    assert [
+        "".join(f"⟦{s.text}⟧" if s.is_answer else s.text for s in r.segments) for r in rows
+    ] == [
+        "[user]One?</s>[assistant]⟦<think></think>1.</s>⟧",
+        "[user]One?</s>[assistant]1.</s>[user]Two?</s>[assistant]⟦<think></think>2.</s>⟧",
+    ]
+    ((last,),) = rendered_by.render_rows([TWO_TURNS], only_last=True)
+    assert last.segments == rows[1].segments
+
+
+def test_a_chat_template_that_renders_an_answer_apart_from_its_prompt_is_refused():
+    changing = (
+        "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     with pytest.raises(
-        ConfigurationError, match=r"data\.template: .*\(message 4\).* cannot be told"
+        ConfigurationError, match=r"data\.template: .*\(message 2\).* cannot be told"
     ):
-        rendered_by.render(TWO_TURNS)
+        template("chat", changing).render(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("lines", "dropped"),
+    [
+        ("{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{% endfor %}", 1),
+        ("{% for m in messages %}[{{ m['content'] | upper }}]{% endfor %}", 1),
+        (
+            "{% for m in messages %}{% if loop.index > 2 or m['role'] == 'system' %}"
+            "[{{ m['content'] }}]{% endif %}{% endfor %}",
+            2,
+        ),
+    ],
+    ids=["the system message", "all letters", "a question"],
+)
+def test_a_message_that_a_chat_template_drops_or_rewrites_is_named(lines: str, dropped: int):
+    """As Mistral-Nemo's template, which drops the system message of a longer conversation."""
+    with pytest.raises(ConfigurationError, match=rf"drops or rewrites message {dropped} \("):
+        template("chat", lines).render(WITH_SYSTEM)
+
+
+def test_a_system_message_may_move_into_the_question():
+    moving = (
+        "{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}"
+        "{% if m['role'] == 'user' and messages[0]['role'] == 'system' %}"
+        " ({{ messages[0]['content'] }}){% endif %}]{% endfor %}"
+    )
+    assert shown(template("chat", moving), WITH_SYSTEM) == "[Why? (Be brief.)]⟦[Because.]⟧"
 
 
 def test_a_chat_template_that_refuses_a_conversation_is_quoted():
@@ -196,7 +236,7 @@ def test_auto_is_the_tokenizers_own_where_it_has_one():
     assert template("auto", None).name == "instruction-response"
     for name in NAMES:
         assert template(name).name == name
-    assert set(TEMPLATES) == {"auto", *NAMES}
+    assert set(TEMPLATES) == {"auto", "llama3", *NAMES}
 
 
 def no_stop_token(tokenizer: Any) -> Any:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_pl.errors import ConfigurationError
+from qlora_pl.files import cache_root
 from qlora_pl.modeling.identity import (
     BaseIdentity,
-    cache_root,
     file_digest,
     identify_base,
     is_hub_name,

@@ -1,0 +1,144 @@
+"""A few hundred conversations -> rows that fit, with everything that was lost counted.
+
+Works in any process: what it is given and what it returns are plain arrays and tuples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qlora_pl.data.audit import SHOWN, DataReport, Limits
+from qlora_pl.data.conversation import Conversation
+from qlora_pl.data.encoding import EncodedExample, Encoder
+from qlora_pl.data.lengths import fit_to_length, is_too_long, needed_lengths
+from qlora_pl.data.readers import Place
+from qlora_pl.data.row_store import EncodedChunk
+from qlora_pl.errors import ConfigurationError, DatasetFormatError
+
+Read = tuple[Place, Conversation]
+
+
+class ChunkResult(NamedTuple):
+    """What became of a chunk of conversations."""
+
+    chunk: EncodedChunk
+    report: DataReport
+    needed: np.ndarray
+    """How many trained tokens need each ``max_length`` to be kept."""
+
+
+class ChunkEncoder:
+    """Encodes conversations and fits them to a length; works in any process.
+
+    Args:
+        encoder: Renders and tokenises.
+        limits: How long rows may be.
+        skips: Whether a conversation that the template refuses is counted instead of an error.
+    """
+
+    def __init__(self, encoder: Encoder, limits: Limits, skips: bool = False) -> None:
+        self.encoder = encoder
+        self.limits = limits
+        self.skips = skips
+
+    def __call__(self, chunk: Sequence[Read], source_numbers: Sequence[int]) -> ChunkResult:
+        """Encode, fit and count.
+
+        Raises:
+            ConfigurationError, DatasetFormatError: naming the first row that cannot be encoded.
+        """
+        report = DataReport()
+        kept: list[EncodedExample] = []
+        origins: list[tuple[int, int, int, int]] = []
+        conversations: list[Conversation] = []
+        needed: list[np.ndarray] = []
+        encoded = self._encode(chunk, report)
+        for (place, conversation), source, examples in zip(
+            chunk, source_numbers, encoded, strict=True
+        ):
+            rows = []
+            for example in examples:
+                needed.append(needed_lengths(example, self.limits.overlong))
+                rows += self._fit(example, place, report)
+            report.num_unrolled += len(examples) > 1
+            if rows:
+                has_parts = len(rows) > 1
+                origins += [
+                    (source, place.row, part if has_parts else 0, len(conversations))
+                    for part in range(1, len(rows) + 1)
+                ]
+                kept += rows
+                conversations.append(conversation)
+        report.num_rows = len(kept)
+        return ChunkResult(
+            EncodedChunk.of(kept, origins, conversations),
+            report,
+            np.bincount(np.concatenate(needed)) if needed else np.zeros(0, np.int64),
+        )
+
+    def _encode(self, chunk: Sequence[Read], report: DataReport) -> list[list[EncodedExample]]:
+        try:
+            return self.encoder.encode([conversation for _, conversation in chunk])
+        except ConfigurationError:
+            pass
+        encoded: list[list[EncodedExample]] = []
+        for place, conversation in chunk:  # once more, one by one, to name the row
+            try:
+                encoded += self.encoder.encode([conversation])
+            except ConfigurationError as error:
+                if not self.skips:
+                    raise ConfigurationError(f"{place}: {error}") from error
+                encoded.append([])
+                report.num_skipped += 1
+                report.skipped = [*report.skipped, f"{place}: {error}"][:SHOWN]
+        return encoded
+
+    def _fit(
+        self, example: EncodedExample, place: Place, report: DataReport
+    ) -> list[EncodedExample]:
+        """The rows that are kept of an example, counted."""
+        max_length, overlong = self.limits.max_length, self.limits.overlong
+        max_target_length = self.limits.max_target_length
+        is_long = is_too_long(example, max_length, max_target_length)
+        report.longest = max(report.longest, example.num_source or len(example.input_ids))
+        if example.num_source:
+            num_target = len(example.input_ids) - example.num_source
+            report.longest_target = max(report.longest_target, num_target)
+        if is_long and overlong == "error":
+            raise DatasetFormatError(
+                f"{place}: {_length_in_words(example)}, more than {self.limits.named(report)}. "
+                "Raise it, or set data.overlong: cut or drop."
+            )
+        fitted = fit_to_length(
+            example, max_length, overlong, self.encoder.stop_ids, max_target_length
+        )
+        rows = [row for row in fitted if (row.is_answer & row.is_trained).any()]
+        num_trained = sum(row.num_trained for row in rows)
+        report.num_lost_tokens += example.num_trained - num_trained
+        report.num_trained_tokens += num_trained
+        report.num_tokens += sum(len(row.input_ids) for row in rows)
+        report.num_spelling_control += example.spells_control
+        if not rows:
+            report.num_dropped += 1
+            if not example.is_trained.any():
+                report.num_untrained += 1
+                report.untrained = [*report.untrained, str(place)][:SHOWN]
+            return []
+        is_split = is_long and overlong == "split"
+        report.num_split += is_split
+        report.num_cut += is_long and not is_split
+        # A cut row loses its stop token, which is counted; a whole one without never teaches it.
+        report.num_unstopped += 0 if is_long and overlong == "cut" else example.num_unstopped
+        report.num_straddling += example.num_straddling
+        report.num_trimmed += example.num_trimmed
+        return rows
+
+
+def _length_in_words(example: EncodedExample) -> str:
+    length, num_source = len(example.input_ids), example.num_source
+    if not num_source:
+        return f"{length} tokens"
+    return f"a source of {num_source} tokens and a target of {length - num_source}"
