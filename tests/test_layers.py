@@ -23,9 +23,14 @@ DATA = [
     "template_loading",
     "special_tokens",
     "tokenizer",
+    "stop_tokens",
     "tokenization",
-    "encoding",
+    "encoded_example",
     "lengths",
+    "encoding",
+    "original_encoding",
+    "seq2seq",
+    "encoder_choice",
     "encoded_rows",
     "audit",
     "normalizing",
@@ -33,7 +38,7 @@ DATA = [
     "chunks",
     "preparation",
     "batching",
-    "seq2seq",
+    "pair_batches",
 ]
 """The files of the journey; each may import those that stand before it."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_pl.data.lengths import Overlong
+from qlora_pl.data.lengths import Limits
 from qlora_pl.errors import ConfigurationError
 
 SHOWN = 20
@@ -82,7 +82,7 @@ class DataReport:
         if not self.longest_target:
             return f"the longest row has {self.longest} tokens"
         return (
-            f"the longest source has {self.longest} tokens, the longest target "
+            f"the longest source has {self.longest} tokens and the longest target "
             f"{self.longest_target}"
         )
 
@@ -116,31 +116,6 @@ class DataReport:
         return text
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How long rows may be, and how much may be lost to that."""
-
-    max_length: int = 512
-    max_target_length: int | None = None
-    """Of the targets of pairs; None: ``max_length``, as for their sources."""
-    overlong: Overlong = "cut"
-    max_lost_ratio: float = 0.01
-
-    def named(self, report: DataReport) -> str:
-        """The limits that these rows have, with their keys."""
-        if not report.longest_target:
-            return f"data.max_length {self.max_length}"
-        target = self.max_length if self.max_target_length is None else self.max_target_length
-        return f"data.max_length {self.max_length} with data.max_target_length {target}"
-
-    def enough(self, report: DataReport, length: int) -> str:
-        """The limits that would lose less, if this many tokens are enough."""
-        if not report.longest_target:
-            return f"data.max_length {length}"
-        both = "data.max_length and " if self.overlong in ("drop", "error") else ""
-        return f"{both}data.max_target_length {length}"
-
-
 def check_split(
     report: DataReport, needed: np.ndarray, limits: Limits, key: str, template: str
 ) -> None:
@@ -159,7 +134,8 @@ def check_split(
     """
     if report.num_rows == 0:
         reason = (
-            f"no answer fits into {limits.named(report)} ({report.longest_named})"
+            f"no answer fits into {limits.answer_key} {limits.answer_limit} "
+            f"({report.longest_named})"
             if report.num_dropped
             else "there are no rows"
         )
@@ -167,9 +143,10 @@ def check_split(
     if report.lost_ratio > limits.max_lost_ratio:
         enough = sufficient_length(needed, limits.max_lost_ratio)
         raise ConfigurationError(
-            f"{key}: {limits.named(report)} takes away {report.lost_ratio:.1%} of the trained "
-            f"tokens, data.max_lost_ratio allows {limits.max_lost_ratio:.1%}; "
-            f"{limits.enough(report, enough)} would keep within it ({report.longest_named})."
+            f"{key}: {limits.answer_key} {limits.answer_limit} takes away "
+            f"{report.lost_ratio:.1%} of the trained tokens, data.max_lost_ratio allows "
+            f"{limits.max_lost_ratio:.1%}; {limits.answer_key} {enough} would keep within it "
+            f"({report.longest_named})."
         )
     if report.num_unstopped:
         answers = "answer does" if report.num_unstopped == 1 else "answers do"

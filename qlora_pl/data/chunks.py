@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_pl.data.audit import SHOWN, DataReport, Limits
+from qlora_pl.data.audit import SHOWN, DataReport
 from qlora_pl.data.conversation import Conversation
-from qlora_pl.data.encoding import EncodedExample, Encoder
-from qlora_pl.data.lengths import fit_to_length, is_too_long, needed_lengths
+from qlora_pl.data.encoded_example import EncodedExample
+from qlora_pl.data.encoding import Encoder
+from qlora_pl.data.lengths import Limits, source_length
 from qlora_pl.data.readers import Place
 from qlora_pl.data.row_store import EncodedChunk
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
@@ -61,7 +62,7 @@ class ChunkEncoder:
         ):
             rows = []
             for example in examples:
-                needed.append(needed_lengths(example, self.limits.overlong))
+                needed.append(self.encoder.needed(example, self.limits))
                 rows += self._fit(example, place, report)
             report.num_unrolled += len(examples) > 1
             if rows:
@@ -100,21 +101,18 @@ class ChunkEncoder:
         self, example: EncodedExample, place: Place, report: DataReport
     ) -> list[EncodedExample]:
         """The rows that are kept of an example, counted."""
-        max_length, overlong = self.limits.max_length, self.limits.overlong
-        max_target_length = self.limits.max_target_length
-        is_long = is_too_long(example, max_length, max_target_length)
-        report.longest = max(report.longest, example.num_source or len(example.input_ids))
-        if example.num_source:
-            num_target = len(example.input_ids) - example.num_source
-            report.longest_target = max(report.longest_target, num_target)
+        overlong = self.limits.overlong
+        length = len(example.input_ids)
+        fitted = self.encoder.fit(example, self.limits)
+        is_long = len(fitted) != 1 or len(fitted[0].input_ids) != length
+        source = source_length(example) if self.encoder.is_paired else length
+        report.longest = max(report.longest, source)
+        report.longest_target = max(report.longest_target, length - source)
         if is_long and overlong == "error":
             raise DatasetFormatError(
-                f"{place}: {_length_in_words(example)}, more than {self.limits.named(report)}. "
-                "Raise it, or set data.overlong: cut or drop."
+                f"{place}: {length} tokens, more than {self.limits}. Raise it, or "
+                "set data.overlong: cut or drop."
             )
-        fitted = fit_to_length(
-            example, max_length, overlong, self.encoder.stop_ids, max_target_length
-        )
         rows = [row for row in fitted if (row.is_answer & row.is_trained).any()]
         num_trained = sum(row.num_trained for row in rows)
         report.num_lost_tokens += example.num_trained - num_trained
@@ -135,10 +133,3 @@ class ChunkEncoder:
         report.num_straddling += example.num_straddling
         report.num_trimmed += example.num_trimmed
         return rows
-
-
-def _length_in_words(example: EncodedExample) -> str:
-    length, num_source = len(example.input_ids), example.num_source
-    if not num_source:
-        return f"{length} tokens"
-    return f"a source of {num_source} tokens and a target of {length - num_source}"

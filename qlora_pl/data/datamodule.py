@@ -19,7 +19,6 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.data.audit import Limits
 from qlora_pl.data.batching import (
     BatchLayout,
     BatchMaker,
@@ -31,12 +30,14 @@ from qlora_pl.data.batching import (
     collate,
     keyed_generator,
 )
+from qlora_pl.data.encoder_choice import Encoding, choose_encoder
 from qlora_pl.data.encoding import TrainOn
-from qlora_pl.data.lengths import Overlong
+from qlora_pl.data.lengths import Limits, Overlong
+from qlora_pl.data.pair_batches import collate_pairs
 from qlora_pl.data.preparation import EncodedSplit, prepare_split
 from qlora_pl.data.readers import hub_splits
-from qlora_pl.data.seq2seq import Seq2SeqEncoder, choose_encoder, collate_pairs
 from qlora_pl.data.sources import NO_ROWS, RowSources
+from qlora_pl.data.stop_tokens import check_stop_token, known_stop_tokens
 from qlora_pl.data.template_loading import load_template
 from qlora_pl.data.tokenizer import load_model_config, load_tokenizer
 from qlora_pl.errors import CheckpointError, ConfigurationError
@@ -61,8 +62,11 @@ class InstructionDataModule(LightningDataModule):
             file of Jinja, or a mapping: ``{jinja: TEXT}`` or the fields of ``TextTemplate``.
         tokenizer: Hub name or folder; None: the model's.
         max_length: Tokens that a row may have, prompt, answers and special tokens together.
-        max_target_length: Tokens that an answer may have where an encoder-decoder model is trained,
-            whose questions ``max_length`` limits; None: as many.
+        max_target_length: Tokens that an answer may have where it has a limit of its own (with
+            ``encoding: original``, and for encoder-decoder models, where None means
+            ``max_length``), which leaves ``max_length`` to what comes before it.
+        encoding: ``spans``: the text is tokenised as a whole. ``original``: prompt and answer are
+            tokenised and cut apart, as qlora.py does; for reproducing its numbers.
         overlong: What happens to a longer row: ``cut`` on the right, ``cut_keep_stop`` (the same,
             but the answer keeps its stop token), ``cut_prompt`` (on the left, then on the right),
             ``split`` into pieces, ``drop``, or ``error``.
@@ -97,6 +101,7 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: str | None = None,
         max_length: int = 512,
         max_target_length: int | None = None,
+        encoding: Encoding = "spans",
         overlong: Overlong = "cut",
         max_lost_ratio: float = 0.01,
         train_on: TrainOn = "answers",
@@ -122,6 +127,7 @@ class InstructionDataModule(LightningDataModule):
         self.tokenizer_name = tokenizer
         self.max_length = max_length
         self.max_target_length = max_target_length
+        self.encoding: Encoding = encoding
         self.overlong = overlong
         self.max_lost_ratio = max_lost_ratio
         self.train_on: TrainOn = train_on
@@ -146,10 +152,6 @@ class InstructionDataModule(LightningDataModule):
         """Every problem of the settings that can be found without reading a row."""
         ranges: list[tuple[bool, str]] = [
             (self.max_length >= 2, f"max_length: must be at least 2, got {self.max_length}."),
-            (
-                self.max_target_length is None or self.max_target_length >= 2,
-                f"max_target_length: must be at least 2, got {self.max_target_length}.",
-            ),
             (self.batch_size >= 1, f"batch_size: must be at least 1, got {self.batch_size}."),
             (
                 self.eval_batch_size >= 1 or self.eval_batch_size == self.batch_size,
@@ -221,37 +223,50 @@ class InstructionDataModule(LightningDataModule):
         revision = self._model_attribute("revision") if is_the_models else None
         self.tokenizer = load_tokenizer(name, revision, self._model_attribute("cache_dir"))
         self.template = load_template(self.chosen_template, self.tokenizer)
-        model = self._model_attribute("model_name_or_path")
-        of_model = (model, self._model_attribute("revision")) if model else (name, revision)
         self.encoder = choose_encoder(
-            load_model_config(*of_model, self._model_attribute("cache_dir")),
+            self.encoding,
             self.template,
             self.tokenizer,
             self.train_on,
             self.append_eos,
-            self._limits(),
+            self.max_target_length,
+            self.overlong,
+            self._has_encoder(name, revision),
         )
-        self._make_batch = collate_pairs if self.is_paired else collate
+        self._make_batch = collate_pairs if self.encoder.is_paired else collate
+        self._check_stop_token(name, revision)
 
-    @property
-    def is_paired(self) -> bool:
-        """Whether rows are pairs for an encoder-decoder model; known from ``setup`` on."""
-        return isinstance(self.encoder, Seq2SeqEncoder)
+    def _has_encoder(self, tokenizer: str, revision: str | None) -> bool:
+        model = self._model_attribute("model_name_or_path") or tokenizer
+        revision = revision if model == tokenizer else self._model_attribute("revision")
+        config = load_model_config(model, revision, self._model_attribute("cache_dir"))
+        return bool(getattr(config, "is_encoder_decoder", False))
 
-    def _limits(self) -> Limits:
-        return Limits(
-            max_length=self.max_length,
-            max_target_length=self.max_target_length,
-            overlong=self.overlong,
-            max_lost_ratio=self.max_lost_ratio,
-        )
+    def _check_stop_token(self, tokenizer: str, revision: str | None) -> None:
+        base = self._model_attribute("model_name_or_path") or tokenizer
+        is_trained_whole = getattr(self._model_attribute("lora"), "method", "") == "none"
+        if not is_trained_whole:
+            known = known_stop_tokens(
+                self.tokenizer,
+                base,
+                revision,
+                self._model_attribute("cache_dir"),
+                grows=bool(self._model_attribute("grow_vocabulary")),
+            )
+            trained = getattr(self._model_attribute("lora"), "trainable_tokens", ())
+            check_stop_token(self.template, self.tokenizer, base, known, trained)
 
     def _model_attribute(self, name: str) -> Any:
         module = self.trainer.lightning_module if self.trainer is not None else None
         return getattr(module, name, None)
 
     def _encode(self, sources: RowSources, key: str) -> EncodedSplit:
-        limits = self._limits()
+        limits = Limits(
+            max_length=self.max_length,
+            max_target_length=self.max_target_length,
+            overlong=self.overlong,
+            max_lost_ratio=self.max_lost_ratio,
+        )
         folder = cache_root(self._model_attribute("cache_dir")) if self.cache else None
         split = prepare_split(sources, self.encoder, limits, key, folder, self.encoding_processes)
         logger.info("%s: %s", key, split.report)  # what was cut or dropped; parts do not know it

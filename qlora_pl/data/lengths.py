@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from qlora_pl.data.encoding import EncodedExample
+from qlora_pl.data.encoded_example import EncodedExample
 
 Overlong = Literal["cut", "cut_keep_stop", "cut_prompt", "split", "drop", "error"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long rows may be, and how much may be lost to that."""
+
+    max_length: int = 512
+    """Tokens of a row; of what comes before its answer where that has a limit of its own."""
+    max_target_length: int | None = None
+    """Tokens of the answer of a row that is a pair; None: rows are not pairs."""
+    overlong: Overlong = "cut"
+    max_lost_ratio: float = 0.01
+
+    def __str__(self) -> str:
+        if self.max_target_length is None:
+            return f"data.max_length {self.max_length}"
+        return (
+            f"data.max_length {self.max_length} or data.max_target_length {self.max_target_length}"
+        )
+
+    @property
+    def answer_key(self) -> str:
+        """The key whose value decides how much of an answer is kept."""
+        return "data.max_length" if self.max_target_length is None else "data.max_target_length"
+
+    @property
+    def answer_limit(self) -> int:
+        """That key's value."""
+        return self.max_length if self.max_target_length is None else self.max_target_length
+
+
 def fit_to_length(
-    example: EncodedExample,
-    max_length: int,
-    overlong: Overlong,
-    stop_ids: Collection[int],
-    max_target_length: int | None = None,
+    example: EncodedExample, max_length: int, overlong: Overlong, stop_ids: Collection[int]
 ) -> list[EncodedExample]:
     """The rows that are left of an example, each of at most ``max_length`` tokens.
 
@@ -29,19 +55,10 @@ def fit_to_length(
             the first trained token goes, and the right end only if that is not enough. ``split``:
             into consecutive pieces. ``drop`` and ``error``: no row is left.
         stop_ids: Tokens that end an answer.
-        max_target_length: Of a pair, whose source ``max_length`` limits, the tokens that its target
-            may have; None: as many. A source keeps the tokens that frame it, whichever end goes.
     """
-    if not is_too_long(example, max_length, max_target_length):
-        return [example]
-    if example.num_source:
-        if overlong in ("drop", "error"):
-            return []
-        limit = max_length if max_target_length is None else max_target_length
-        target = example.part(slice(example.num_source, None))._replace(num_source=0, num_bos=0)
-        (target,) = fit_to_length(target, limit, overlong, stop_ids)
-        return [_joined(_fit_source(example, max_length, overlong), target)]
     length = len(example.input_ids)
+    if length <= max_length:
+        return [example]
     if overlong == "cut":
         return [example.part(slice(max_length))]
     if overlong == "cut_keep_stop":
@@ -55,38 +72,6 @@ def fit_to_length(
     return []
 
 
-def is_too_long(
-    example: EncodedExample, max_length: int, max_target_length: int | None = None
-) -> bool:
-    """Whether a row is longer than it may be, or either side of a pair."""
-    if not example.num_source:
-        return len(example.input_ids) > max_length
-    limit = max_length if max_target_length is None else max_target_length
-    num_target = len(example.input_ids) - example.num_source
-    return example.num_source > max_length or num_target > limit
-
-
-def _fit_source(example: EncodedExample, max_length: int, overlong: Overlong) -> EncodedExample:
-    source = example.part(slice(example.num_source))
-    text_end = example.num_source - example.num_source_end
-    gap = min(max(0, example.num_source - max_length), text_end - example.num_bos)
-    first = example.num_bos if overlong == "cut_prompt" else text_end - gap
-    return source.part(np.r_[:first, first + gap : example.num_source])
-
-
-def _joined(source: EncodedExample, target: EncodedExample) -> EncodedExample:
-    weights = None
-    if source.weights is not None and target.weights is not None:
-        weights = np.concatenate([source.weights, target.weights])
-    return source._replace(
-        input_ids=np.concatenate([source.input_ids, target.input_ids]),
-        is_trained=np.concatenate([source.is_trained, target.is_trained]),
-        is_answer=np.concatenate([source.is_answer, target.is_answer]),
-        weights=weights,
-        num_source=len(source.input_ids),
-    )
-
-
 def num_removable(example: EncodedExample) -> int:
     """Tokens between BOS and the first trained token."""
     first = int(np.argmax(example.is_trained)) if example.is_trained.any() else example.num_bos
@@ -96,16 +81,10 @@ def num_removable(example: EncodedExample) -> int:
 def needed_lengths(example: EncodedExample, overlong: Overlong) -> np.ndarray:
     """For each trained token, the ``max_length`` from which on it is kept.
 
-    Of a pair: the ``max_target_length``, or both where it is kept or left out as a whole.
-
     Returns:
         ``(num_trained,)`` int64.
     """
     positions = np.flatnonzero(example.is_trained)
-    if example.num_source:
-        sides = (example.num_source, len(example.input_ids) - example.num_source)
-        is_whole = overlong in ("drop", "error")
-        return np.full(len(positions), max(sides)) if is_whole else positions + 1 - sides[0]
     if overlong in ("drop", "error"):
         return np.full(len(positions), len(example.input_ids), dtype=np.int64)
     if overlong == "cut_prompt":
@@ -138,3 +117,40 @@ def _pieces(example: EncodedExample, max_length: int) -> list[EncodedExample]:
         if piece.is_trained.any():
             pieces.append(piece)
     return pieces
+
+
+# -- pairs: a source and a target, each with a limit of its own ------------------------------------
+
+
+def source_length(example: EncodedExample) -> int:
+    """Tokens before the answer begins; all of them if there is none."""
+    return int(np.argmax(example.is_answer)) if example.is_answer.any() else len(example.is_answer)
+
+
+def fit_pair(example: EncodedExample, limits: Limits, source_tail: int = 0) -> list[EncodedExample]:
+    """A pair whose sides are cut on the right, each to its own limit; or nothing.
+
+    Args:
+        example: A source, then its target.
+        limits: ``overlong`` is ``cut``, ``drop`` or ``error``.
+        source_tail: Tokens at the source's end that a cut keeps, such as its end-of-text token.
+    """
+    source, length = source_length(example), len(example.input_ids)
+    target_limit = limits.answer_limit
+    if source <= limits.max_length and length - source <= target_limit:
+        return [example]
+    if limits.overlong != "cut":
+        return []
+    kept = min(source, limits.max_length)
+    end = min(length, source + target_limit)
+    return [example.part(np.r_[: kept - source_tail, source - source_tail : source, source:end])]
+
+
+def needed_target_lengths(example: EncodedExample) -> np.ndarray:
+    """For each trained token of a target, the ``max_target_length`` from which on it is kept.
+
+    Returns:
+        ``(num_trained,)`` int64; trained tokens of the source need 1.
+    """
+    positions = np.flatnonzero(example.is_trained) - source_length(example) + 1
+    return np.maximum(positions, 1)

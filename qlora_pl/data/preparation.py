@@ -26,10 +26,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from qlora_pl.data.audit import DataReport, Limits, check_split
+from qlora_pl.data.audit import DataReport, check_split
 from qlora_pl.data.chunks import ChunkEncoder, ChunkResult, Read
 from qlora_pl.data.encoded_rows import EncodedRows
 from qlora_pl.data.encoding import TOKENIZER_CHUNK, Encoder
+from qlora_pl.data.lengths import Limits
 from qlora_pl.data.normalizing import conversations, source_digest
 from qlora_pl.data.row_store import (
     Conversations,

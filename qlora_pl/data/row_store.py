@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, NamedTuple, Self, overload
 import numpy as np
 
 from qlora_pl.data.conversation import Conversation, Message
+from qlora_pl.data.encoded_example import EncodedExample
 from qlora_pl.data.encoded_rows import EncodedRows, concatenated, concatenated_weights
-from qlora_pl.data.encoding import EncodedExample
 from qlora_pl.data.readers import Place
 from qlora_pl.files import sha256_file
 

@@ -3,24 +3,20 @@
 What a template makes of a question is the source, and the answer's own words are the target; each
 is framed by the special tokens that the tokenizer gives a text (T5's: EOS at the end). A pair is
 kept as one row, source before target with the target trained, so that everything that counts,
-orders, keeps and resumes rows serves both kinds of model; ``collate_pairs`` takes it apart again.
+orders, keeps and resumes rows serves both kinds of model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX, Seq2SeqBatch
-from qlora_pl.data.audit import Limits
-from qlora_pl.data.batching import WIDTH_MULTIPLE
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.encoding import EncodedExample, Encoder, TrainOn
+from qlora_pl.data.encoded_example import EncodedExample
+from qlora_pl.data.encoding import Encoder, TrainOn
+from qlora_pl.data.lengths import Limits, fit_pair, needed_target_lengths, source_length
 from qlora_pl.data.templates import PromptTemplate, Rendering, Segment
 from qlora_pl.data.tokenization import Tokens
 from qlora_pl.errors import ConfigurationError
@@ -35,10 +31,17 @@ class Seq2SeqEncoder(Encoder):
         train_on: ``answers``, or the ``last_answer`` of each conversation.
     """
 
+    is_paired = True
+
     def __init__(
         self, template: PromptTemplate, tokenizer: Any, train_on: TrainOn = "answers"
     ) -> None:
         super().__init__(template, tokenizer, train_on)
+        if train_on not in ("answers", "last_answer"):
+            raise ConfigurationError(
+                f"data.train_on: {train_on} has no meaning for an encoder-decoder model, whose "
+                "encoder predicts nothing; choose answers or last_answer."
+            )
         self._before, self._after = _frame(tokenizer)
         self.stop_ids = frozenset({self._after[-1]})
 
@@ -113,42 +116,21 @@ class Seq2SeqEncoder(Encoder):
             is_target,
             num_bos=len(self._before),
             weights=None if weight in (0, 1) else is_target * weight,
-            num_source=len(source_ids),
-            num_source_end=len(self._after),
         )
 
+    def fit(self, example: EncodedExample, limits: Limits) -> list[EncodedExample]:
+        """See ``Encoder``; each side has its limit, and a source that is cut keeps its frame.
 
-def choose_encoder(
-    model_config: Any,
-    template: PromptTemplate,
-    tokenizer: Any,
-    train_on: TrainOn,
-    append_eos: bool,
-    limits: Limits,
-) -> Encoder:
-    """The encoder that a model's rows need, told from its transformers configuration.
+        A target does not: an end in the middle of an answer would teach to stop there.
+        """
+        return fit_pair(example, limits, source_tail=len(self._after))
 
-    Raises:
-        ConfigurationError: for settings that have no meaning for such a model.
-    """
-    if not getattr(model_config, "is_encoder_decoder", False):
-        if limits.max_target_length is not None:
-            raise ConfigurationError(
-                "data.max_target_length: a causal model's questions and answers share "
-                "data.max_length; remove it."
-            )
-        return Encoder(template, tokenizer, train_on, append_eos)
-    if train_on not in ("answers", "last_answer"):
-        raise ConfigurationError(
-            f"data.train_on: {train_on} has no meaning for an encoder-decoder model, whose encoder "
-            "predicts nothing; choose answers or last_answer."
-        )
-    if limits.overlong == "split":
-        raise ConfigurationError(
-            "data.overlong: an encoder-decoder model's pairs of question and answer cannot be "
-            "split; choose cut, cut_keep_stop, cut_prompt, drop or error."
-        )
-    return Seq2SeqEncoder(template, tokenizer, train_on)
+    def needed(self, example: EncodedExample, limits: Limits) -> np.ndarray:
+        """See ``Encoder``; a pair that is left out as a whole needs both limits."""
+        if limits.overlong == "cut":
+            return needed_target_lengths(example)
+        source = source_length(example)
+        return np.full(example.num_trained, max(source, len(example.input_ids) - source))
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -158,50 +140,3 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
     before, after = framed[:start], framed[start + len(plain) :]
     return before, after if tokenizer.eos_token_id in after else [*after, tokenizer.eos_token_id]
-
-
-def collate_pairs(rows: EncodedRows, row_ids: np.ndarray, pad_id: int) -> Seq2SeqBatch:
-    """Take pairs apart and pad each side on the right, to a multiple of 8.
-
-    No pairs at all give one padding token on either side without a label, as ``collate`` does.
-
-    Args:
-        rows: Pairs, as ``Seq2SeqEncoder`` makes them.
-        row_ids: Which of them.
-        pad_id: The id that fills short sources.
-    """
-    sources, targets, weights = [], [], []
-    for row in row_ids:
-        ids, labels = rows[row]
-        first = int(np.argmax(labels != IGNORE_INDEX))
-        sources.append(ids[:first])
-        targets.append(labels[first:])
-        of_row = rows.weights(row)
-        if of_row is not None:
-            weights.append(of_row[first:])
-    if not sources:
-        sources, targets = [np.full(1, pad_id)], [np.full(1, IGNORE_INDEX)]
-        row_ids = np.array([FILLER_ROW])
-    input_ids, attention_mask = _pad(sources, pad_id)
-    padded_labels, decoder_attention_mask = _pad(targets, IGNORE_INDEX)
-    batch: Seq2SeqBatch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": padded_labels,
-        "decoder_attention_mask": decoder_attention_mask,
-        "row_ids": torch.from_numpy(np.asarray(row_ids, dtype=np.int64)),
-    }
-    if weights:
-        batch["loss_weights"] = _pad(weights, 1)[0]
-    return batch
-
-
-def _pad(sides: Sequence[np.ndarray], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(B, T)`` values of the sides' type, and 1 where they are not padding."""
-    width = math.ceil(max(len(side) for side in sides) / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    padded = np.full((len(sides), width), filler, dtype=sides[0].dtype)
-    mask = np.zeros((len(sides), width), dtype=np.int64)
-    for place, side in enumerate(sides):
-        padded[place, : len(side)] = side
-        mask[place, : len(side)] = 1
-    return torch.from_numpy(padded), torch.from_numpy(mask)
