@@ -233,6 +233,7 @@ def test_a_shrunken_base_trains_the_very_file_for_three_steps(
     words += ["--model.model_name_or_path", str(base), "--model.revision", "null"]
     words += ["--data.tokenizer", str(base)]
     (source,) = run.data.sources.sources
+    source = source.resolved()
     if source.path.startswith("experiments/"):
         local = {"path": str(ROOT / source.path), "format": source.format}
     else:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qlora_pl.data.lengths import Limits
+from qlora_pl.data.normalizing import ReadingReport
 from qlora_pl.errors import ConfigurationError
 
 SHOWN = 20
@@ -31,6 +32,8 @@ class DataReport:
     """Rows that are not what their format says (with ``on_error: skip``)."""
     skipped: list[str] = field(default_factory=list)
     """The first of them, with the reason."""
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Messages of trees that are in no conversation, by source and reason."""
     num_unrolled: int = 0
     """Conversations of which every answer became a row of its own."""
     num_split: int = 0
@@ -86,6 +89,14 @@ class DataReport:
             f"{self.longest_target}"
         )
 
+    def add_reading(self, reading: ReadingReport) -> None:
+        """Count what was read, and what was no row."""
+        self.formats = dict(reading.formats)
+        self.rows_by_source = dict(reading.num_rows)
+        self.num_skipped += sum(reading.num_skipped.values())
+        self.skipped = [*(str(row) for row in reading.skipped), *self.skipped][:SHOWN]
+        self.left_out = {source: dict(counts) for source, counts in reading.left_out.items()}
+
     def to_plain(self) -> dict[str, Any]:
         """In plain types, for JSON."""
         return asdict(self)
@@ -109,6 +120,11 @@ class DataReport:
             "rows spell a control token, kept as text": self.num_spelling_control,
         }
         text += "".join(f"; {count:,} {what}" for what, count in told.items() if count)
+        for source, counts in self.left_out.items():
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+            text += f"; {source}: messages left out: {reasons}" if reasons else ""
+        if self.skipped:
+            text += f"; skipped: {'; '.join(self.skipped)}"
         if self.untrained:
             more = self.num_untrained - len(self.untrained)
             text += f"; without a trained token: {'; '.join(self.untrained)}"

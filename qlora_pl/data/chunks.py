@@ -15,11 +15,12 @@ from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.encoded_example import EncodedExample
 from qlora_pl.data.encoding import Encoder
 from qlora_pl.data.lengths import Limits, source_length
-from qlora_pl.data.readers import Place
+from qlora_pl.data.places import Place
 from qlora_pl.data.row_store import EncodedChunk
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 
-Read = tuple[Place, Conversation]
+Read = tuple[Place, Conversation, int]
+"""A conversation, its place, and the number of its source."""
 
 
 class ChunkResult(NamedTuple):
@@ -45,7 +46,7 @@ class ChunkEncoder:
         self.limits = limits
         self.skips = skips
 
-    def __call__(self, chunk: Sequence[Read], source_numbers: Sequence[int]) -> ChunkResult:
+    def __call__(self, chunk: Sequence[Read], origin_numbers: Sequence[int]) -> ChunkResult:
         """Encode, fit and count.
 
         Raises:
@@ -57,8 +58,8 @@ class ChunkEncoder:
         conversations: list[Conversation] = []
         needed: list[np.ndarray] = []
         encoded = self._encode(chunk, report)
-        for (place, conversation), source, examples in zip(
-            chunk, source_numbers, encoded, strict=True
+        for (place, conversation, _), origin, examples in zip(
+            chunk, origin_numbers, encoded, strict=True
         ):
             rows = []
             for example in examples:
@@ -68,7 +69,7 @@ class ChunkEncoder:
             if rows:
                 has_parts = len(rows) > 1
                 origins += [
-                    (source, place.row, part if has_parts else 0, len(conversations))
+                    (origin, place.row, part if has_parts else 0, len(conversations))
                     for part in range(1, len(rows) + 1)
                 ]
                 kept += rows
@@ -82,11 +83,11 @@ class ChunkEncoder:
 
     def _encode(self, chunk: Sequence[Read], report: DataReport) -> list[list[EncodedExample]]:
         try:
-            return self.encoder.encode([conversation for _, conversation in chunk])
+            return self.encoder.encode([conversation for _, conversation, _ in chunk])
         except ConfigurationError:
             pass
         encoded: list[list[EncodedExample]] = []
-        for place, conversation in chunk:  # once more, one by one, to name the row
+        for place, conversation, _ in chunk:  # once more, one by one, to name the row
             try:
                 encoded += self.encoder.encode([conversation])
             except ConfigurationError as error:
