@@ -52,6 +52,26 @@ class PackingProbe(NamedTuple):
     """One batch of one row for each row of ``packed``, in the order of ``row_ids``."""
 
 
+class Seq2SeqBatch(TypedDict):
+    """Pairs for an encoder-decoder model; B of them, both sides padded on the right.
+
+    S is the sources' width and T the targets'.
+    """
+
+    input_ids: Tensor
+    """``(B, S)`` int64 token ids of the source."""
+    attention_mask: Tensor
+    """``(B, S)`` int64, 1 for a token of the source; made from lengths, not ids."""
+    labels: Tensor
+    """``(B, T)`` int64 token ids of the target, all trained; ``IGNORE_INDEX`` as padding."""
+    decoder_attention_mask: Tensor
+    """``(B, T)`` int64, 1 for a token of the target."""
+    row_ids: Tensor
+    """``(B,)`` int64, as in ``Batch``."""
+    loss_weights: NotRequired[Tensor]
+    """``(B, T)`` float32, what the loss of each token is multiplied by; absent: 1."""
+
+
 class PromptBatch(TypedDict):
     """Prompts to answer; B rows, padded on the **left** so that every prompt ends at position T."""
 

@@ -30,6 +30,7 @@ from qlora_pl.data.ordering import (
     order_steps,
 )
 from qlora_pl.data.packing import Ragged, describe_packing, pack_rows
+from qlora_pl.data.pair_batches import collate_pairs
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class BatchShape:
     tokens_per_batch: int | None = None
     """Tokens of a micro-batch at most, padding included; a unit then is a whole micro-batch, and
     the layout's ``batch_size`` has no meaning. None: batches of ``batch_size`` units."""
+    is_paired: bool = False
+    """Whether rows are pairs of a source and a target."""
 
     @property
     def width(self) -> int | None:
@@ -205,7 +208,7 @@ class TrainingBatches(Dataset[Batch]):
         if self.shape.is_packed:
             return collate_packs(self.rows, units, self.pad_id, self.shape.width)
         row_ids = np.concatenate(units) if units else np.zeros(0, dtype=np.int64)
-        return collate(self.rows, row_ids, self.pad_id, self.shape.width)
+        return _lines(self.rows, row_ids, self.pad_id, self.shape)
 
     def __str__(self) -> str:
         """How full the packs are, or how many micro-batches a budget makes; for the log."""
@@ -267,16 +270,20 @@ class EvaluationBatches(Dataset[Batch]):
         rows: The split.
         layout: How rows are spread over devices and batches.
         pad_id: The id that fills short rows.
-        max_length: Pad to so many tokens instead of to the longest row of a batch.
+        shape: How wide batches are, and whether rows are pairs.
     """
 
     def __init__(
-        self, rows: EncodedRows, layout: BatchLayout, pad_id: int, max_length: int | None = None
+        self,
+        rows: EncodedRows,
+        layout: BatchLayout,
+        pad_id: int,
+        shape: BatchShape = BatchShape(),
     ) -> None:
         self.rows = rows
         self.layout = layout
         self.pad_id = pad_id
-        self.max_length = max_length
+        self.shape = shape
         self._order = longest_first(np.arange(len(rows)), rows.lengths)
 
     def __len__(self) -> int:
@@ -286,7 +293,14 @@ class EvaluationBatches(Dataset[Batch]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row_ids = self.layout.rows_of(self._order, index)
-        return collate(self.rows, row_ids, self.pad_id, self.max_length)
+        return _lines(self.rows, row_ids, self.pad_id, self.shape)
+
+
+def _lines(rows: EncodedRows, row_ids: np.ndarray, pad_id: int, shape: BatchShape) -> Batch:
+    """A batch with a line for each row, or with two for each pair."""
+    if shape.is_paired:
+        return collate_pairs(rows, row_ids, pad_id)  # type: ignore[return-value]
+    return collate(rows, row_ids, pad_id, shape.width)
 
 
 class PromptBatches(Dataset[PromptBatch]):

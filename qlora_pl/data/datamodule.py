@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ from qlora_pl.data.encoding import TrainOn
 from qlora_pl.data.lengths import Overlong
 from qlora_pl.data.normalizing import OnError
 from qlora_pl.data.preparation import EncodedSplit
-from qlora_pl.data.setting_checks import setting_problems
+from qlora_pl.data.setting_checks import pair_problems, setting_problems
 from qlora_pl.data.sources import NO_ROWS, RowSources
 from qlora_pl.data.splits import (
     BaseFacts,
@@ -67,7 +68,8 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: Hub name or folder; None: the model's.
         max_length: Tokens that a row may have, prompt, answers and special tokens together.
         max_target_length: Tokens that an answer may have where it has a limit of its own (with
-            ``encoding: original``), which leaves ``max_length`` to what comes before it.
+            ``encoding: original``, and for encoder-decoder models, where None means
+            ``max_length``), which leaves ``max_length`` to what comes before it.
         encoding: ``spans``: the text is tokenised as a whole. ``original``: prompt and answer are
             tokenised and cut apart, as qlora.py does; for reproducing its numbers.
         overlong: What happens to a longer row: ``cut`` on the right, ``cut_keep_stop`` (the same,
@@ -212,6 +214,8 @@ class InstructionDataModule(LightningDataModule):
     def _prepare_encoder(self) -> None:
         self.encoder = prepare_encoder(self, self._base())
         self.tokenizer, self.template = self.encoder.tokenizer, self.encoder.template
+        if self.encoder.is_paired and (problems := pair_problems(self)):
+            raise ConfigurationError(problems)
 
     def _read(self, sources: RowSources, key: str) -> EncodedSplit:
         return read_split(self, self.encoder, self._base(), sources, key)
@@ -250,12 +254,17 @@ class InstructionDataModule(LightningDataModule):
         sampler = ResumableSampler(batches, **self._resume_from)
         return self._loader(batches, sampler)
 
+    def _lines(self) -> BatchShape:
+        """The shape of batches that are neither packed nor filled to a budget."""
+        return replace(self._training_shape(), is_packed=False, tokens_per_batch=None)
+
     def _training_shape(self) -> BatchShape:
         return BatchShape(
             max_length=self.max_length,
             is_packed=self.is_packed,
             pads_to_max_length=self.padding == "max_length",
             tokens_per_batch=self.tokens_per_batch,
+            is_paired=self.encoder.is_paired,
         )
 
     def _multiplicity(self) -> np.ndarray | None:
@@ -278,7 +287,7 @@ class InstructionDataModule(LightningDataModule):
         rows = self.splits["train"].rows
         some = rows.select(range(min(count * self.batch_size, len(rows))))
         layout = BatchLayout(self.batch_size)
-        batches = EvaluationBatches(some, layout, self.tokenizer.pad_token_id)
+        batches = EvaluationBatches(some, layout, self.tokenizer.pad_token_id, self._lines())
         return [batches[index] for index in range(len(batches))]
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -325,8 +334,8 @@ class InstructionDataModule(LightningDataModule):
         if not len(rows):
             return []
         layout = self._layout(self.eval_batch_size)
-        width = self._training_shape().width
-        return self._loader(EvaluationBatches(rows, layout, self.tokenizer.pad_token_id, width))
+        batches = EvaluationBatches(rows, layout, self.tokenizer.pad_token_id, self._lines())
+        return self._loader(batches)
 
     def _loader(self, batches: Any, sampler: ResumableSampler | None = None) -> DataLoader[Any]:
         # A generator of its own: every new iterator draws a seed, by default from the global

@@ -56,12 +56,15 @@ class EncodedSplit(NamedTuple):
         """These rows, in this order, with a report of their own."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = self.rows.select(chosen)
+        are_pairs = self.report.longest_target > 0
+        sources = rows.lengths - rows.num_trained if are_pairs else rows.lengths
         report = DataReport(
             formats=self.report.formats,
             num_rows=len(rows),
             num_tokens=int(rows.lengths.sum()),
             num_trained_tokens=int(rows.num_trained.sum()),
-            longest=int(rows.lengths.max(initial=0)),
+            longest=int(sources.max(initial=0)),
+            longest_target=int(rows.num_trained.max(initial=0)) if are_pairs else 0,
         )
         return EncodedSplit(
             rows, self.places.select(chosen), self.conversations.select(chosen), report

@@ -19,7 +19,7 @@ from qlora_pl.data.readers import hub_splits
 from qlora_pl.data.sources import NO_ROWS, RowSources
 from qlora_pl.data.stop_tokens import check_stop_token, known_stop_tokens
 from qlora_pl.data.template_loading import load_template
-from qlora_pl.data.tokenizer import load_tokenizer
+from qlora_pl.data.tokenizer import load_model_config, load_tokenizer
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import cache_root
 
@@ -73,6 +73,8 @@ def prepare_encoder(settings: Any, base: BaseFacts) -> Encoder:
         settings.train_on,
         settings.append_eos,
         settings.max_target_length,
+        settings.overlong,
+        has_encoder=_has_encoder(base, name),
     )
     if not base.trains_all:
         model = base.name or name
@@ -81,6 +83,11 @@ def prepare_encoder(settings: Any, base: BaseFacts) -> Encoder:
         )
         check_stop_token(template, tokenizer, model, known, base.trainable_tokens)
     return encoder
+
+
+def _has_encoder(base: BaseFacts, tokenizer: str) -> bool:
+    config = load_model_config(base.name or tokenizer, base.revision, base.cache_dir)
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def read_split(

@@ -33,10 +33,11 @@ from qlora_pl.modeling.adapters import (
 )
 from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
+from qlora_pl.modeling.encoder_decoder import language_model_loss
 from qlora_pl.modeling.full_training import refuse_packed_weights, train_all_weights
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
-from qlora_pl.modeling.loss import Normalization, causal_lm_loss
+from qlora_pl.modeling.loss import Normalization
 from qlora_pl.modeling.mixed_precision import SkippedSteps, precision_plugin
 from qlora_pl.modeling.optimizer_state import (
     named_optimizer_state,
@@ -70,7 +71,7 @@ CHECKPOINT_KEY = "qlora_pl"
 
 
 class QLoRAModule(LightningModule):
-    """A causal language model in 4 bits, with LoRA adapters to train.
+    """A language model in 4 bits, causal or encoder-decoder, with LoRA adapters to train.
 
     Args:
         model_name_or_path: The base: a folder, or a name on the Hub.
@@ -238,7 +239,7 @@ class QLoRAModule(LightningModule):
 
         Lightning divides by the accumulation in any case, hence the factor.
         """
-        loss = causal_lm_loss(self._adapted, batch, self.normalize_loss_by)
+        loss = language_model_loss(self._adapted, batch, self.normalize_loss_by)
         self._micro_batches.append(MicroBatch.of(loss, batch))
         return loss.total * self.trainer.accumulate_grad_batches
 
@@ -268,7 +269,7 @@ class QLoRAModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch's token losses to the split's sum."""
-        loss = causal_lm_loss(self._adapted, batch)
+        loss = language_model_loss(self._adapted, batch)
         self._val_nats.update(loss.token_sum)
         self._val_tokens.update(loss.num_tokens)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qlora_pl.batch import FILLER_ROW, Batch
+from qlora_pl.batch import FILLER_ROW
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.modeling.loss import LossSum
 
@@ -39,18 +39,26 @@ class MicroBatch(NamedTuple):
     loss: LossSum
     lengths: Tensor
     """``(R,)`` tokens of each row."""
+    num_pairs: Tensor
+    """``(R,)`` squared lengths; see ``StepStatistics.num_token_pairs``."""
     row_ids: Tensor
     """``(R,)``."""
     num_padded_tokens: int
 
     @classmethod
-    def of(cls, loss: LossSum, batch: Batch) -> MicroBatch:
+    def of(cls, loss: LossSum, batch: Mapping[str, Any]) -> MicroBatch:
         """Without the graph, and without what the batch holds besides."""
-        is_packed = "document_lengths" in batch
-        lengths = batch["document_lengths"] if is_packed else batch["attention_mask"].sum(dim=1)
-        lengths = lengths * (batch["row_ids"] != FILLER_ROW)
+        names = ("attention_mask", "decoder_attention_mask")
+        masks = [batch[name] for name in names if name in batch]
+        is_row = batch["row_ids"] != FILLER_ROW
+        # Of the rows, or of the sources and of the targets; packed rows have no mask.
+        sides = [mask.sum(dim=1) for mask in masks] or [batch["document_lengths"]]
+        lengths = torch.stack(sides) * is_row
+        # An encoder attends to all of its pairs, twice what is counted of a causal row.
+        pairs = lengths.sum(dim=0).square() + lengths[:-1].square().sum(dim=0)
         detached = loss._replace(total=loss.total.detach())
-        return cls(detached, lengths, batch["row_ids"], batch["input_ids"].numel())
+        num_padded = sum(mask.numel() for mask in masks) or batch["input_ids"].numel()
+        return cls(detached, lengths.sum(dim=0), pairs, batch["row_ids"], num_padded)
 
     def sums(self) -> Tensor:
         """The parts of ``StepSums``, float64, on the device: nothing waits until the step ends."""
@@ -61,7 +69,7 @@ class MicroBatch(NamedTuple):
             self.loss.num_tokens,
             lengths.sum(),
             lengths.new_tensor(self.num_padded_tokens),
-            lengths.square().sum(),
+            self.num_pairs.sum(),
             (self.row_ids != FILLER_ROW).sum(),
         )
         return torch.stack([part.double() for part in parts])
@@ -83,7 +91,8 @@ class StepStatistics:
     num_padded_tokens: int
     """Tokens with padding: what the model computed."""
     num_token_pairs: int
-    """Sum of the squared row lengths, for counting the operations of attention."""
+    """Sum of the squared row lengths, for counting the operations of attention; with an encoder
+    those of source and target together, and of the source once more."""
     num_rows: int
     row_ids: tuple[int, ...]
     """This device's rows of the step."""

@@ -415,7 +415,8 @@ def test_a_batch_is_as_wide_as_its_longest_row_rounded_up_to_8():
 
 def test_a_loader_knows_its_length_without_listing_its_keys(monkeypatch: pytest.MonkeyPatch):
     """A million rows: neither length nor sampler makes a list of them, or the order of an epoch."""
-    rows = EncodedRows(np.zeros(10**6, np.int32), np.ones(10**6, bool), np.arange(10**6 + 1))
+    ones = np.ones(10**6, np.int64)
+    rows = EncodedRows(np.zeros(10**6, np.int32), ones.astype(bool), np.arange(10**6), ones, ones)
     monkeypatch.setattr(TrainingBatches, "keys", lambda *_: pytest.fail("listed"))
     batches = TrainingBatches(rows, BatchLayout(3, 4, 2), 5, True, PAD)
     assert len(ResumableSampler(batches)) == len(batches) == -(-(10**6) // 6)

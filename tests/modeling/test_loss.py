@@ -125,7 +125,9 @@ def test_logits_of_picked_positions_are_those_of_the_whole(model):
     """1e-5: float32 products of other matrix shapes, at logits of about 5."""
     batch = make_batch()
     row, position = torch.tensor([2, 0, 0]), torch.tensor([15, 3, 4])
-    picked = trained_logits(model, batch["input_ids"], batch["attention_mask"], row, position)
+    picked = trained_logits(
+        model, batch["input_ids"], row, position, attention_mask=batch["attention_mask"]
+    )
     expected = full_logits(model, batch)[row, position]
     torch.testing.assert_close(picked, expected, rtol=0, atol=1e-5)
 
@@ -171,8 +173,9 @@ def test_the_head_is_as_before_afterwards_even_after_an_error(model):
     before = full_logits(model, batch)
     causal_lm_loss(model, batch)
     with pytest.raises(IndexError):
+        beyond = torch.tensor([99])
         trained_logits(
-            model, batch["input_ids"], batch["attention_mask"], *[torch.tensor([99])] * 2
+            model, batch["input_ids"], beyond, beyond, attention_mask=batch["attention_mask"]
         )
     assert torch.equal(full_logits(model, batch), before)
     assert not model.get_output_embeddings()._forward_pre_hooks
