@@ -167,7 +167,7 @@ def guess_format(columns: Collection[str]) -> tuple[str, str | None]:
     """
     fitting = [name for name, format in FORMATS.items() if format.fits(columns)]
     if not fitting:
-        found = ", ".join(f"'{column}'" for column in columns) or "(none)"
+        found = ", ".join(f"{column!r:.60}" for column in columns) or "(none)"
         known = "; ".join(f"{name}: {' + '.join(sorted(f.columns))}" for name, f in FORMATS.items())
         raise ConfigurationError(
             f"no format fits the columns {found}; rename them with columns: {{NEW: OLD}} to one of "

@@ -140,7 +140,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 def _csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[NumberedRow]:
     csv.field_size_limit(MAX_ROW_BYTES)  # the default refuses a text of 131,073 characters
-    number = 0
+    number, what = 0, "TSV" if delimiter == "\t" else "CSV"
     try:
         # strict: a quote that is never closed would swallow the rest of the file as one cell
         records = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
@@ -153,19 +153,19 @@ def _csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[NumberedRow]:
             if len(cells) == len(names):
                 yield number, dict(zip(names, cells, strict=True))
                 continue
-            what = "a tab" if delimiter == "\t" else "a comma"
+            separator = "a tab" if delimiter == "\t" else "a comma"
             yield (
                 number,
                 BadRow(
                     f"its number of cells differs from the header's ({len(cells)}, not "
-                    f"{len(names)}); quote the cells that contain {what}."
+                    f"{len(names)}); quote the cells that contain {separator}."
                 ),
             )
     except UnicodeDecodeError as error:
         raise DatasetFormatError(f"{path}, row {number + 1}: {_not_utf8(error)}") from error
     except csv.Error as error:
         raise DatasetFormatError(
-            f"{path}, row {number + 1}: not CSV ({error}); double the quotes inside a cell, and "
+            f"{path}, row {number + 1}: not {what} ({error}); double the quotes inside a cell, and "
             "close each quote."
         ) from error
 
@@ -239,6 +239,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(path) as file:
             _check_columns(file.schema_arrow.names, path)
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                batch.validate(full=True)  # damaged offsets would be followed out of the memory
                 yield from batch.to_pylist()
 
     return _columnar(path, "Parquet", read)
@@ -252,6 +253,7 @@ def _arrow(path: Path) -> Iterator[Any]:
             batches = _arrow_batches(file)
             for batch in batches:
                 _check_columns(batch.schema.names, path)
+                batch.validate(full=True)  # likewise
                 for start in range(0, batch.num_rows, BATCH_ROWS):
                     yield from batch.slice(start, BATCH_ROWS).to_pylist()
 
