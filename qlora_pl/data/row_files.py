@@ -144,7 +144,7 @@ def _csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[NumberedRow]:
     try:
         # strict: a quote that is never closed would swallow the rest of the file as one cell
         records = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
-        names = next(records, [])
+        names = next((cells for cells in records if cells), [])
         _check_header(names, path, delimiter)
         for cells in records:
             if not cells:  # an empty line

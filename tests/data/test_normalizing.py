@@ -153,6 +153,41 @@ def test_a_renamed_column_tells_the_format(tmp_path: Path):
     assert report.formats == {path: "prompt-completion (guessed)"}
 
 
+def test_text_that_could_be_cut_into_turns_is_said_to_be_so():
+    """It would train on the questions too, which may be meant: Guanaco's paper did."""
+    for text, hint in (
+        ("### Human: q### Assistant: a", "its first row has the turns of guanaco"),
+        ("<human>: q\n<bot>: a", "its first row has the turns of chip2"),
+        ("no turns, though <human>: is in it", "guanaco would fit too"),
+    ):
+        report = ReadingReport()
+        ((_, row),) = read_conversations(RowSources.parse([{"text": text}]), report=report)
+        assert row.is_plain_text
+        assert report.formats == {"rows in memory": f"text (guessed; {hint})"}
+
+
+def test_a_folder_of_many_files_says_its_format_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for number in range(5):
+        write(tmp_path / f"{number}.jsonl", [GOOD])
+    with caplog.at_level("INFO"):
+        assert len(list(read_conversations(RowSources.parse(str(tmp_path))))) == 5
+    (line,) = [message for message in caplog.messages if "format" in message]
+    assert line == f"{tmp_path}: format prompt-response (guessed)"
+
+
+def test_trees_behind_other_rows_in_a_folder_are_to_be_named_apart(tmp_path: Path):
+    write(tmp_path / "a.jsonl", [GOOD])
+    write(tmp_path / "b.jsonl", [{"message_tree_id": "a", "prompt": {}}])
+    with pytest.raises(DatasetFormatError) as caught:
+        list(read_conversations(RowSources.parse(str(tmp_path))))
+    assert str(caught.value) == (
+        f"{tmp_path / 'b.jsonl'}, row 1: rows of format 'oasst' are not read among those of "
+        "others; name the file as a source of its own."
+    )
+
+
 # -- weights ---------------------------------------------------------------------------------------
 
 

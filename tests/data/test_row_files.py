@@ -64,6 +64,13 @@ def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_data(tmp_path: Pa
     assert read(path) == [{"text": "one\ntwo\n"}]
 
 
+def test_empty_lines_of_a_table_are_passed_over(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text('\n\nprompt,response\n\n"q\n\nr",a\n\nq,a\n\n')
+    assert [row["prompt"] for row in read(path)] == ["q\n\nr", "q"]
+    assert places(path) == [f"{path}, row 1", f"{path}, row 2"]
+
+
 @pytest.mark.parametrize(
     ("documents", "rows"),
     [
