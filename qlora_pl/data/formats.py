@@ -168,10 +168,12 @@ def guess_format(columns: Collection[str]) -> tuple[str, str | None]:
     fitting = [name for name, format in FORMATS.items() if format.fits(columns)]
     if not fitting:
         found = ", ".join(f"{column!r:.60}" for column in columns) or "(none)"
-        known = "; ".join(f"{name}: {' + '.join(sorted(f.columns))}" for name, f in FORMATS.items())
+        near = [name for name, format in FORMATS.items() if format.columns & set(columns)]
+        near = near or ["messages", "alpaca", "prompt-response", "text"]
+        known = "; ".join(f"{name}: {' + '.join(sorted(FORMATS[name].columns))}" for name in near)
         raise ConfigurationError(
-            f"no format fits the columns {found}; rename them with columns: {{NEW: OLD}} to one of "
-            f"({known})."
+            f"no format fits the columns {found}; rename them with columns: {{NEW: OLD}} to those "
+            f"of one, for example ({known})."
         )
     return fitting[0], fitting[1] if len(fitting) > 1 else None
 

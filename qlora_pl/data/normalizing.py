@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 OnError = Literal["stop", "skip"]
 MIN_SKIPPED_ROWS = 10
 """Fewer bad rows than these are never too many, whatever their share."""
+PROMPT_COLUMNS = ("system", "system_prompt", "history", "tools")
+"""Columns that hold a part of the prompt, and that no format here reads."""
 NUM_LISTED = 20
 """Bad rows that a report names."""
 
@@ -193,6 +195,15 @@ class _Reading:
                 also = f"; its first row has the turns of {marked}"
             self._formats[place.source] = name
             self._note(f"{name} (guessed{also})")
+            for column in PROMPT_COLUMNS:
+                if row.get(column):
+                    logger.warning(
+                        "%s: column '%s' is not used by format %s; if it matters, make it part of "
+                        "messages",
+                        self.name,
+                        column,
+                        name,
+                    )
         return self._formats[place.source]
 
     def _note(self, said: str) -> None:

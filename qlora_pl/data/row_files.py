@@ -120,7 +120,7 @@ def _json(file: BinaryIO, path: Path) -> Iterator[NumberedRow]:
 def _decode(data: bytes) -> Any:
     """A JSON value, or a ``BadRow`` that says why it is none."""
     try:
-        return json.loads(data.decode())
+        return _parse(data.decode())
     except UnicodeDecodeError as error:
         return BadRow(_not_utf8(error))
     except json.JSONDecodeError as error:
@@ -129,6 +129,19 @@ def _decode(data: bytes) -> Any:
         return BadRow(f"not JSON ({error.msg}, {line}column {error.colno}); {hint or 'mend it'}.")
     except (ValueError, RecursionError) as error:  # a number or a nesting that Python refuses
         return BadRow(f"not JSON that can be read ({error}); mend or remove it.")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two keys with one name, Python's parser would keep the second in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = max(names, key=names.count)
+        raise ValueError(f"the key {twice!r:.60} stands there twice")
+    return found
+
+
+_parse = json.JSONDecoder(object_pairs_hook=_without_twins).decode
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -154,13 +167,10 @@ def _csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[NumberedRow]:
                 yield number, dict(zip(names, cells, strict=True))
                 continue
             separator = "a tab" if delimiter == "\t" else "a comma"
-            yield (
-                number,
-                BadRow(
-                    f"its number of cells differs from the header's ({len(cells)}, not "
-                    f"{len(names)}); quote the cells that contain {separator}."
-                ),
+            reason = (
+                f"its number of cells differs from the header's ({len(cells)}, not {len(names)})"
             )
+            yield number, BadRow(f"{reason}; quote the cells that contain {separator}.")
     except UnicodeDecodeError as error:
         raise DatasetFormatError(f"{path}, row {number + 1}: {_not_utf8(error)}") from error
     except csv.Error as error:

@@ -166,6 +166,13 @@ def test_text_that_could_be_cut_into_turns_is_said_to_be_so():
         assert report.formats == {"rows in memory": f"text (guessed; {hint})"}
 
 
+def test_a_part_of_the_prompt_that_is_not_read_is_said(caplog: pytest.LogCaptureFixture):
+    rows = [{"instruction": "q", "output": "a", "system": "s", "history": [], "id": 1}] * 3
+    assert len(list(read_conversations(RowSources.parse(rows)))) == 3
+    (line,) = [message for message in caplog.messages if "not used" in message]
+    assert line.startswith("rows in memory: column 'system' is not used by format alpaca;")
+
+
 def test_a_folder_of_many_files_says_its_format_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
