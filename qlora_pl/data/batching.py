@@ -133,7 +133,7 @@ class TrainingBatches(Dataset[Batch]):
         self.shape = shape
         self.multiplicity = multiplicity
         self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
-        units = self._epoch(0).units if self._regroups_rows else self._units(0)
+        units = self._epoch(0).units if self.regroups_rows else self._units(0)
         self.num_units = len(units)
 
     def __getstate__(self) -> dict[str, object]:
@@ -144,15 +144,15 @@ class TrainingBatches(Dataset[Batch]):
         self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
 
     @property
-    def _regroups_rows(self) -> bool:
-        """Whether a unit is more than a row."""
+    def regroups_rows(self) -> bool:
+        """Whether a unit is more than a row: a pack, or the micro-batch of a token budget."""
         return self.shape.is_packed or self.shape.tokens_per_batch is not None
 
     def _units(self, epoch: int) -> Ragged:
         """The units of an epoch, before they are ordered; equally many in every epoch."""
-        drawn = 0 if self._regroups_rows else epoch
+        drawn = 0 if self.regroups_rows else epoch
         rows = epoch_rows(len(self.rows), self.multiplicity, self.seed, drawn)
-        if not self._regroups_rows:
+        if not self.regroups_rows:
             return Ragged(rows, np.arange(len(rows) + 1))
         generator = keyed_generator(self.seed, epoch, COMPOSITION)
         lengths, capacity = self.rows.lengths, self.shape.max_length
@@ -176,8 +176,8 @@ class TrainingBatches(Dataset[Batch]):
             self.layout.global_batch_size,
             self.seed,
             epoch,
-            group_by_length=self.group_by_length and not self._regroups_rows,
-            largest_first=self.group_by_length or self._regroups_rows,
+            group_by_length=self.group_by_length and not self.regroups_rows,
+            largest_first=self.group_by_length or self.regroups_rows,
         )
         return _Epoch(units, steps)
 
@@ -211,14 +211,13 @@ class TrainingBatches(Dataset[Batch]):
         return _lines(self.rows, row_ids, self.pad_id, self.shape)
 
     def __str__(self) -> str:
-        """How full the packs are, or how many micro-batches a budget makes; for the log."""
+        """How full the packs are, or how many micro-batches a budget makes."""
         rows = epoch_rows(len(self.rows), self.multiplicity, self.seed, 0)
         lengths = self.rows.lengths[rows]
         if self.shape.is_packed:
             return describe_packing(lengths, self.num_units, self.shape.max_length or 0)
-        if self.shape.tokens_per_batch is not None:
-            return f"{len(rows):,} rows in {self.num_units:,} micro-batches"
-        return f"{len(rows):,} rows"
+        unit = "rows" if self.shape.tokens_per_batch is None else "micro-batches"
+        return f"{len(rows):,} rows in {self.num_units:,} {unit}"
 
 
 class ResumableSampler(DistributedSampler[BatchKey]):

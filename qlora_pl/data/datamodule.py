@@ -250,7 +250,8 @@ class InstructionDataModule(LightningDataModule):
             self._training_shape(),
             self._multiplicity(),
         )
-        logger.info("batches: %s", batches)
+        if batches.regroups_rows:
+            logger.info("batches: %s", batches)
         sampler = ResumableSampler(batches, **self._resume_from)
         return self._loader(batches, sampler)
 

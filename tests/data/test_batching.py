@@ -441,9 +441,18 @@ def loaded(batches: TrainingBatches, epoch: int, position: int, num_workers: int
     return found + list(loader)
 
 
-def test_workers_change_nothing():
+@pytest.mark.parametrize(
+    "shape",
+    [
+        BatchShape(),
+        BatchShape(is_packed=True, max_length=128),
+        BatchShape(tokens_per_batch=256, max_length=100),
+    ],
+    ids=["rows", "packs", "budget"],
+)
+def test_workers_change_nothing(shape: BatchShape):
     rows = rows_of_lengths(random_lengths(45))
-    batches = TrainingBatches(rows, BatchLayout(2, 2), 3, True, PAD)
+    batches = TrainingBatches(rows, BatchLayout(2, 2), 3, True, PAD, shape)
     for alone, with_workers in zip(loaded(batches, 1, 5, 0), loaded(batches, 1, 5, 2), strict=True):
         assert all(torch.equal(alone[name], with_workers[name]) for name in alone)
 

@@ -257,6 +257,44 @@ def test_tokens_weigh_the_same_or_rows_do(model):
         assert loss.total.dtype == loss.weight.dtype == torch.float32
 
 
+def test_a_token_counts_as_often_as_its_weight_says(model):
+    """By hand, from the losses of single tokens; a token of weight 0 is not trained at all.
+
+    1e-5: float32 sums in another order.
+    """
+    batch = make_batch(ROWS[:2])
+    draw = torch.Generator().manual_seed(1)
+    weights = torch.rand(batch["labels"].shape, generator=draw)
+    weights[0, 6] = 0
+    losses = []
+    for row, (length, first) in enumerate(ROWS[:2]):
+        logits = full_logits(model, batch)[row, first - 1 : length - 1]
+        targets = batch["labels"][row, first:length]
+        each = functional.cross_entropy(logits, targets, reduction="none")
+        losses.append((each.detach(), weights[row, first:length]))
+    sums = [float((each * weight).sum()) for each, weight in losses]
+    of_rows = [float(weight.sum()) for _, weight in losses]
+    weighted = batch | {"loss_weights": weights}
+    expected = {
+        "tokens": (sum(sums), sum(of_rows)),
+        "rows": (sums[0] / of_rows[0] + sums[1] / of_rows[1], 2),
+        "micro_batches": (sum(sums) / sum(of_rows), 1),
+    }
+    for normalize_by, (total, weight) in expected.items():
+        loss = causal_lm_loss(model, weighted, normalize_by)
+        assert loss.total.item() == pytest.approx(total, rel=1e-5)
+        assert loss.weight.item() == pytest.approx(weight, rel=1e-5)
+        assert loss.num_tokens == 7 + 4 - 1
+        plain = sum(float(each[weight > 0].sum()) for each, weight in losses)
+        assert loss.token_sum.item() == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(("given", "computed"), [("bfloat16", "float32"), ("float64", "float64")])
+def test_losses_are_in_float32_at_least(given, computed):
+    logits = torch.randn(5, 9).to(getattr(torch, given))
+    assert token_losses(logits, torch.arange(5)).dtype == getattr(torch, computed)
+
+
 @pytest.mark.parametrize("normalize_by", ["tokens", "rows"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_a_batch_without_labels_gives_zero_and_zero_gradients(tiny_base, normalize_by, compute):
