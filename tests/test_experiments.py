@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 from qlora_pl.__main__ import main
 from qlora_pl.cli import read_runs, settings
-from qlora_pl.data.batching import BatchLayout, epoch_steps
+from qlora_pl.data.batching import BatchLayout
+from qlora_pl.data.ordering import epoch_steps
 from qlora_pl.data.sources import SourceConfig
 from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
 from qlora_pl.modeling.identity import is_hub_name

@@ -49,8 +49,14 @@ DATA = [
     "chunks",
     "encode_stream",
     "preparation",
-    "batching",
+    "packing",
+    "ordering",
+    "collation",
     "pair_batches",
+    "splits",
+    "batching",
+    "continuing",
+    "setting_checks",
 ]
 """The files of the journey; each may import those that stand before it."""
 

@@ -133,7 +133,10 @@ def seq2seq_loss(
         normalize_by: As in ``causal_lm_loss``.
     """
     labels = batch["labels"]  # (B, T)
+    weights = batch.get("loss_weights")
     is_trained = labels != IGNORE_INDEX
+    if weights is not None:
+        is_trained &= weights > 0
     row, position = is_trained.nonzero(as_tuple=True)
     logits = trained_logits(
         model,
@@ -143,7 +146,9 @@ def seq2seq_loss(
         position,
         **decoder_inputs(model, batch),
     )
-    return sum_losses(token_losses(logits, labels[row, position]), row, is_trained, normalize_by)
+    losses = token_losses(logits, labels[row, position])  # (N,)
+    token_weights = None if weights is None else weights[row, position]
+    return sum_losses(losses, token_weights, row, len(labels), normalize_by)
 
 
 def keep_float32_products(model: nn.Module, fragile: tuple[str, ...]) -> None:

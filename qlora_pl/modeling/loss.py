@@ -27,9 +27,9 @@ class LossSum(NamedTuple):
     """What a batch adds to its step."""
 
     total: Tensor
-    """Weighted sum of the token losses, float32 scalar with gradient."""
+    """Weighted sum of the token losses, scalar with gradient, of the token losses' type."""
     weight: Tensor
-    """What the step's total is divided by: tokens, rows or micro-batches; float32 scalar."""
+    """What the step's total is divided by: tokens, rows or micro-batches; scalar, same type."""
     token_sum: Tensor
     """Plain sum of the token losses in nats, detached; for reporting."""
     num_tokens: Tensor
@@ -41,48 +41,81 @@ def causal_lm_loss(
 ) -> LossSum:
     """Run the model and sum the loss of its trained tokens.
 
+    With ``loss_weights`` a token counts as often as its weight says, in the sum and in what it is
+    divided by; the figures for reporting stay those of tokens, and one of weight 0 is not trained.
+
     Args:
         model: A transformers causal LM, with or without adapters.
-        batch: See ``qlora_pl.batch.Batch``.
+        batch: See ``qlora_pl.batch.Batch``; padded or packed.
         normalize_by: ``tokens``: every trained token weighs the same. ``rows``: every row weighs
             the same. ``micro_batches``: every micro-batch does, as in the original.
     """
     labels = batch["labels"][:, 1:]  # the logits at position t predict token t + 1
     is_trained = labels != IGNORE_INDEX
-    row, position = is_trained.nonzero(as_tuple=True)
-    logits = trained_logits(model, batch["input_ids"], batch["attention_mask"], row, position)
-    return sum_losses(token_losses(logits, labels[row, position]), row, is_trained, normalize_by)
+    weights = batch.get("loss_weights")
+    if weights is not None:
+        is_trained &= weights[:, 1:] > 0
+    line, position = is_trained.nonzero(as_tuple=True)
+    logits = trained_logits(
+        model,
+        batch["input_ids"],
+        batch.get("attention_mask"),
+        line,
+        position,
+        batch.get("position_ids"),
+    )
+    losses = token_losses(logits, labels[line, position])  # (N,)
+    token_weights = None if weights is None else weights[:, 1:][line, position]
+    row = _row_of_tokens(batch)[:, 1:][line, position]
+    return sum_losses(losses, token_weights, row, batch["input_ids"].numel(), normalize_by)
 
 
 def sum_losses(
-    losses: Tensor, row: Tensor, is_trained: Tensor, normalize_by: Normalization
+    losses: Tensor,
+    token_weights: Tensor | None,
+    row: Tensor,
+    num_rows: int,
+    normalize_by: Normalization,
 ) -> LossSum:
     """Token losses -> what their batch adds to its step.
 
     Args:
-        losses: ``(N,)`` float32.
-        row: ``(N,)`` the row of each.
-        is_trained: ``(B, T)`` bool, N of them true.
+        losses: ``(N,)``.
+        token_weights: ``(N,)``, all above 0; None: 1.
+        row: ``(N,)`` the number of each token's row.
+        num_rows: Above the largest of these.
         normalize_by: See ``causal_lm_loss``.
     """
-    tokens_in_row = is_trained.sum(dim=1)  # (B,)
+    weights = torch.ones_like(losses) if token_weights is None else token_weights.to(losses.dtype)
+    weighted, whole = losses * weights, weights.sum()
     if normalize_by == "tokens":
-        total, weight = losses.sum(), tokens_in_row.sum().float()
+        total, weight = weighted.sum(), whole
     elif normalize_by == "rows":
-        total = (losses / tokens_in_row[row]).sum()
-        weight = (tokens_in_row > 0).sum().float()
+        of_rows = whole.new_zeros(num_rows).index_add(0, row, weights)
+        total, weight = (weighted / of_rows[row]).sum(), (of_rows > 0).sum().to(losses.dtype)
     else:
-        num_tokens = tokens_in_row.sum()
-        total, weight = losses.sum() / num_tokens.clamp(min=1), (num_tokens > 0).float()
-    return LossSum(total, weight, losses.detach().sum(), tokens_in_row.sum())
+        is_empty = whole == 0
+        total, weight = weighted.sum() / (whole + is_empty), (~is_empty).to(losses.dtype)
+    num_tokens = torch.tensor(len(losses), device=losses.device)
+    return LossSum(total, weight, losses.detach().sum(), num_tokens)
+
+
+def _row_of_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """``(B, T)`` a number for each row of the batch, the same for all of its tokens."""
+    ids = batch["input_ids"]
+    if "position_ids" not in batch:
+        return torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    starts = (batch["position_ids"] == 0).flatten()
+    return starts.cumsum(0).view_as(ids) - 1
 
 
 def trained_logits(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     row: Tensor,
     position: Tensor,
+    position_ids: Tensor | None = None,
     **decoder_inputs: Tensor,
 ) -> Tensor:
     """Logits ``(N, V)`` of the given positions only, in the model's own arithmetic.
@@ -93,19 +126,18 @@ def trained_logits(
     Args:
         model: A causal LM.
         input_ids: ``(B, T)``.
-        attention_mask: ``(B, T)``.
-        row: ``(N,)`` rows of the wanted positions.
-        position: ``(N,)`` positions within their rows; of an encoder-decoder model, its targets'.
-        decoder_inputs: What the decoder of such a model reads.
+        attention_mask: ``(B, T)``; None where rows are packed.
+        row: ``(N,)`` lines of the wanted positions.
+        position: ``(N,)`` positions within their lines.
+        position_ids: ``(B, T)`` of packed rows; None: counted by the model.
+        decoder_inputs: What the decoder of an encoder-decoder model reads; positions are its.
     """
+    # Left out where there is none: some families take no positions at all.
+    named = {"attention_mask": attention_mask, "position_ids": position_ids}
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    given |= decoder_inputs
     with _head_input(model, row, position):
-        output = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            return_dict=True,
-            **decoder_inputs,
-        )
+        output = model(input_ids=input_ids, use_cache=False, return_dict=True, **given)
     logits: Tensor = output.logits
     return logits[0]  # (1, N, V) -> (N, V)
 
@@ -125,10 +157,10 @@ def _head_input(model: nn.Module, row: Tensor, position: Tensor) -> Iterator[Non
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each token in nats, ``(N,)`` float32.
+    """Cross-entropy of each token in nats, ``(N,)`` float32; float64 of float64 logits.
 
-    In float32 whatever the logits are: in bfloat16 the loss of a token over 32k words errs by about
-    0.02 nats. The float32 copies are made chunk by chunk and again in the backward pass, never all.
+    Of bfloat16 logits too, in which the loss of a token over 32k words would err by about 0.02
+    nats. The float32 copies are made chunk by chunk and again in the backward pass, never all.
 
     Args:
         logits: ``(N, V)``.
@@ -141,4 +173,5 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), labels, reduction="none")
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(exact, labels, reduction="none")

@@ -50,6 +50,7 @@ from qlora_pl.modeling.optimizers import (
     build_schedule,
     warn_of_high_rate,
 )
+from qlora_pl.modeling.packing_certificate import settle_packing
 from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.modeling.plan import AttentionKernel, build_skeleton
 from qlora_pl.modeling.prequantized import make_plan
@@ -181,6 +182,7 @@ class QLoRAModule(LightningModule):
         """Load the base on this rank's device and attach adapters; a second call returns."""
         if self.model is not None:
             self._choose_precision()  # another trainer may have another plugin
+            settle_packing(self, self.trainer)
             return
         assert self.identity is not None
         self.base = load_base(
@@ -207,6 +209,7 @@ class QLoRAModule(LightningModule):
             self.model = train_all_weights(self.base.model, self.base.compute_dtype)
         prepare_for_training(self.model, self.gradient_checkpointing)
         self._choose_precision()
+        settle_packing(self, self.trainer)
         if self.trainer.is_global_zero:
             name = self.model_name_or_path
             logger.info("%s", summarize(name, self.model, self.base, self.quantization))
@@ -247,7 +250,7 @@ class QLoRAModule(LightningModule):
         trained = self.trained_tensors()
         gradients = [p.grad for p in trained.values() if p.grad is not None]
         # Strategies average gradients over devices; the sum is the average times their number.
-        torch._foreach_mul_(gradients, self.trainer.world_size / max(sums.weight, 1.0))
+        torch._foreach_mul_(gradients, self.trainer.world_size / (sums.weight or 1.0))
         self.last_step = StepStatistics.of(
             sums,
             row_ids=[row for batch in self._micro_batches for row in batch.row_ids.tolist()],
