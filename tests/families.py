@@ -259,5 +259,6 @@ FAMILIES += [
         is_encoder_decoder=True,
     ),
 ]
+CAUSAL_FAMILIES = [family for family in FAMILIES if not family.is_encoder_decoder]
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
 Saver = Callable[[str], Path]

@@ -66,6 +66,28 @@ def refuse_unknown_start(skeleton: Any) -> None:
             )
 
 
+def refuse_other_rows(skeleton: Any, data: Any) -> None:
+    """Rows must have been prepared for this kind of model.
+
+    Args:
+        skeleton: The model.
+        data: The run's data module, or None; what it knows of the model is a configuration that
+            it read by itself, if it could.
+
+    Raises:
+        ConfigurationError: if they are of the other kind.
+    """
+    encoder = getattr(data, "encoder", None)
+    if encoder is not None and encoder.is_paired != is_encoder_decoder(skeleton):
+        kinds = ("rows of one text", "pairs of a source and a target")
+        raise ConfigurationError(
+            f"model.model_name_or_path: a {type(skeleton).__name__} needs "
+            f"{kinds[not encoder.is_paired]}, and the data module has prepared "
+            f"{kinds[encoder.is_paired]}, because it could not read the model's config.json; name "
+            "a folder that holds both."
+        )
+
+
 def whole_inputs(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
     """What a forward over these ids needs; a decoder is given the same ids to write.
 
@@ -111,8 +133,10 @@ def seq2seq_loss(
         normalize_by: As in ``causal_lm_loss``.
     """
     labels = batch["labels"]  # (B, T)
-    is_trained = labels != IGNORE_INDEX
     weights = batch.get("loss_weights")
+    is_trained = labels != IGNORE_INDEX
+    if weights is not None:
+        is_trained &= weights > 0
     row, position = is_trained.nonzero(as_tuple=True)
     logits = trained_logits(
         model,

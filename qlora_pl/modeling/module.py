@@ -33,7 +33,7 @@ from qlora_pl.modeling.adapters import (
 )
 from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
-from qlora_pl.modeling.encoder_decoder import language_model_loss
+from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
 from qlora_pl.modeling.full_training import refuse_packed_weights, train_all_weights
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
@@ -163,6 +163,7 @@ class QLoRAModule(LightningModule):
         skeleton = build_skeleton(
             self.identity.folder, self.attn_implementation, self.trust_remote_code
         )
+        refuse_other_rows(skeleton, getattr(self.trainer, "datamodule", None))
         self.plan = make_plan(self.identity.folder, skeleton, self.quantization)
         if self.lora.has_adapters:
             targets = resolve_targets(skeleton, self.lora)

@@ -172,8 +172,8 @@ def test_the_head_is_as_before_afterwards_even_after_an_error(model):
     batch = make_batch()
     before = full_logits(model, batch)
     causal_lm_loss(model, batch)
+    beyond = torch.tensor([99])
     with pytest.raises(IndexError):
-        beyond = torch.tensor([99])
         trained_logits(
             model, batch["input_ids"], beyond, beyond, attention_mask=batch["attention_mask"]
         )

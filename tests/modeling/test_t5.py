@@ -15,7 +15,7 @@ import torch
 from adapter_runs import copy_trained, fill, load, plain_peft, twin_of
 from conftest import save_t5_tokenizer
 from families import BY_NAME, T5, Saver
-from small_runs import fit
+from small_runs import fit, make_data, make_trainer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,6 +37,7 @@ from qlora_pl.modeling.encoder_decoder import (
 from qlora_pl.modeling.eva import start_at_activations
 from qlora_pl.modeling.identity import identify_base
 from qlora_pl.modeling.loading import load_base, prepare_for_training
+from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.parameters import count_parameters, trainable_tensors
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
@@ -139,6 +140,19 @@ def test_each_normalisation_is_what_its_name_says(model):
         loss = seq2seq_loss(model, make_batch(), kind)
         torch.testing.assert_close(loss.total.detach(), total, rtol=1e-5, atol=0)
         assert loss.weight == weight
+
+
+def test_a_token_counts_as_often_as_its_weight_says(model):
+    """The first pair's tokens by a half and the second's not at all, by hand; 1e-5 as above."""
+    batch = make_batch()
+    batch["loss_weights"] = torch.tensor([0.5, 0.0, 1.0])[:, None].expand_as(batch["labels"])
+    alone = [seq2seq_loss(model, make_batch([pair])).total.detach() for pair in PAIRS]
+    loss = seq2seq_loss(model, batch)
+    torch.testing.assert_close(loss.total.detach(), alone[0] / 2 + alone[2], rtol=1e-5, atol=0)
+    assert (float(loss.weight), int(loss.num_tokens)) == (5 / 2 + 1, 5 + 1)
+    by_rows = seq2seq_loss(model, batch, "rows")
+    torch.testing.assert_close(by_rows.total.detach(), alone[0] / 5 + alone[2], rtol=1e-5, atol=0)
+    assert by_rows.weight == 2
 
 
 def test_padding_and_what_lies_under_it_change_nothing(model):
@@ -371,6 +385,17 @@ def test_every_other_kind_of_run_trains_a_t5(
     product = "model" if "trained whole" in str(tmp_path) else module.product
     manifest = json.loads((tmp_path / product / "manifest.json").read_text())
     assert (manifest["step"], manifest["auto_class"]) == (3, "AutoModelForSeq2SeqLM")
+
+
+def test_rows_are_padded_where_packing_was_left_to_the_model(
+    saved: Saver, rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make_data(rows_file, packing="auto")
+    trainer = make_trainer(tmp_path, max_steps=1)
+    module = QLoRAModule(str(saved("T5")), lora=LoRAConfig(r=4), gradient_checkpointing=False)
+    trainer.fit(module, data)
+    assert not data.is_packed
+    assert "reads prompts in an encoder of its own" in caplog.text
 
 
 def test_a_t5_that_was_trained_whole_is_read_by_plain_transformers(
