@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import yaml
 from adapter_runs import KillAt, Killed, digest, one_thread  # noqa: F401 (used by pytest)
+from conftest import save_base
 from families import Saver
 from lightning.pytorch import Callback, Trainer, seed_everything
+from safetensors.torch import load_file, save_file
 
 from qlora_pl.cli import read_runs
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.errors import CheckpointError, ConfigurationError
+from qlora_pl.errors import CheckpointError, ConfigurationError, TrainingStoppedError
 from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig
@@ -110,6 +112,23 @@ def test_on_refuses_a_family_that_mixes_rows_before_the_first_step(
     with pytest.raises(ConfigurationError, match=r"data\.packing: FalconForCausalLM lets a packed"):
         fit(tmp_path, saved("Falcon (rotary)"), rows_file, packing=True)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_diverged_pack_names_its_rows(rows_file: Path, tmp_path: Path) -> None:
+    """The rows of the micro-batch, of which the 20th holds a token whose embedding is no number."""
+    base = save_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
+    tensors["model.embed_tokens.weight"][vocabulary["~"]] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    rows[19]["response"] += "~"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batches = Batches()
+    with pytest.raises(TrainingStoppedError, match=r"the loss is nan, with .*, row 20\b") as caught:
+        fit(tmp_path / "run", base, path, batches, packing=True, val_size=0)
+    assert str(caught.value).count(f"{path}, row") == len(batches.trained[-1]["row_ids"]) > 1
 
 
 SHAPES: dict[str, dict[str, Any]] = {

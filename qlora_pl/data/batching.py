@@ -9,10 +9,10 @@ it is cut into.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
@@ -30,9 +30,7 @@ from qlora_pl.data.ordering import (
     order_steps,
 )
 from qlora_pl.data.packing import Ragged, describe_packing, pack_rows
-
-BatchMaker = Callable[[EncodedRows, np.ndarray, int, int | None], Any]
-"""Rows, the numbers of those wanted, the padding token's id, and the width to fill, to a batch."""
+from qlora_pl.data.pair_batches import collate_pairs
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,8 @@ class BatchShape:
     tokens_per_batch: int | None = None
     """Tokens of a micro-batch at most, padding included; a unit then is a whole micro-batch, and
     the layout's ``batch_size`` has no meaning. None: batches of ``batch_size`` units."""
+    is_paired: bool = False
+    """Whether rows are pairs of a source and a target."""
 
     @property
     def width(self) -> int | None:
@@ -113,7 +113,6 @@ class TrainingBatches(Dataset[Batch]):
         shape: What a micro-batch is made of.
         multiplicity: See ``epoch_rows``; None: every row once an epoch. With packs or a token
             budget, all epochs have the rows of the first, so that all have equally many steps.
-        make_batch: Puts rows that are not packed together.
     """
 
     def __init__(
@@ -125,9 +124,7 @@ class TrainingBatches(Dataset[Batch]):
         pad_id: int,
         shape: BatchShape = BatchShape(),
         multiplicity: np.ndarray | None = None,
-        make_batch: BatchMaker = collate,
     ) -> None:
-        self.make_batch = make_batch
         self.rows = rows
         self.layout = layout if shape.tokens_per_batch is None else replace(layout, batch_size=1)
         self.seed = seed
@@ -136,7 +133,7 @@ class TrainingBatches(Dataset[Batch]):
         self.shape = shape
         self.multiplicity = multiplicity
         self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
-        units = self._epoch(0).units if self._regroups_rows else self._units(0)
+        units = self._epoch(0).units if self.regroups_rows else self._units(0)
         self.num_units = len(units)
 
     def __getstate__(self) -> dict[str, object]:
@@ -147,15 +144,15 @@ class TrainingBatches(Dataset[Batch]):
         self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
 
     @property
-    def _regroups_rows(self) -> bool:
-        """Whether a unit is more than a row."""
+    def regroups_rows(self) -> bool:
+        """Whether a unit is more than a row: a pack, or the micro-batch of a token budget."""
         return self.shape.is_packed or self.shape.tokens_per_batch is not None
 
     def _units(self, epoch: int) -> Ragged:
         """The units of an epoch, before they are ordered; equally many in every epoch."""
-        drawn = 0 if self._regroups_rows else epoch
+        drawn = 0 if self.regroups_rows else epoch
         rows = epoch_rows(len(self.rows), self.multiplicity, self.seed, drawn)
-        if not self._regroups_rows:
+        if not self.regroups_rows:
             return Ragged(rows, np.arange(len(rows) + 1))
         generator = keyed_generator(self.seed, epoch, COMPOSITION)
         lengths, capacity = self.rows.lengths, self.shape.max_length
@@ -179,8 +176,8 @@ class TrainingBatches(Dataset[Batch]):
             self.layout.global_batch_size,
             self.seed,
             epoch,
-            group_by_length=self.group_by_length and not self._regroups_rows,
-            largest_first=self.group_by_length or self._regroups_rows,
+            group_by_length=self.group_by_length and not self.regroups_rows,
+            largest_first=self.group_by_length or self.regroups_rows,
         )
         return _Epoch(units, steps)
 
@@ -211,17 +208,16 @@ class TrainingBatches(Dataset[Batch]):
         if self.shape.is_packed:
             return collate_packs(self.rows, units, self.pad_id, self.shape.width)
         row_ids = np.concatenate(units) if units else np.zeros(0, dtype=np.int64)
-        return self.make_batch(self.rows, row_ids, self.pad_id, self.shape.width)
+        return _lines(self.rows, row_ids, self.pad_id, self.shape)
 
     def __str__(self) -> str:
-        """How full the packs are, or how many micro-batches a budget makes; for the log."""
+        """How full the packs are, or how many micro-batches a budget makes."""
         rows = epoch_rows(len(self.rows), self.multiplicity, self.seed, 0)
         lengths = self.rows.lengths[rows]
         if self.shape.is_packed:
             return describe_packing(lengths, self.num_units, self.shape.max_length or 0)
-        if self.shape.tokens_per_batch is not None:
-            return f"{len(rows):,} rows in {self.num_units:,} micro-batches"
-        return f"{len(rows):,} rows"
+        unit = "rows" if self.shape.tokens_per_batch is None else "micro-batches"
+        return f"{len(rows):,} rows in {self.num_units:,} {unit}"
 
 
 class ResumableSampler(DistributedSampler[BatchKey]):
@@ -273,8 +269,7 @@ class EvaluationBatches(Dataset[Batch]):
         rows: The split.
         layout: How rows are spread over devices and batches.
         pad_id: The id that fills short rows.
-        max_length: Pad to so many tokens instead of to the longest row of a batch.
-        make_batch: Puts rows together.
+        shape: How wide batches are, and whether rows are pairs.
     """
 
     def __init__(
@@ -282,14 +277,12 @@ class EvaluationBatches(Dataset[Batch]):
         rows: EncodedRows,
         layout: BatchLayout,
         pad_id: int,
-        max_length: int | None = None,
-        make_batch: BatchMaker = collate,
+        shape: BatchShape = BatchShape(),
     ) -> None:
-        self.make_batch = make_batch
         self.rows = rows
         self.layout = layout
         self.pad_id = pad_id
-        self.max_length = max_length
+        self.shape = shape
         self._order = longest_first(np.arange(len(rows)), rows.lengths)
 
     def __len__(self) -> int:
@@ -299,7 +292,14 @@ class EvaluationBatches(Dataset[Batch]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row_ids = self.layout.rows_of(self._order, index)
-        return self.make_batch(self.rows, row_ids, self.pad_id, self.max_length)
+        return _lines(self.rows, row_ids, self.pad_id, self.shape)
+
+
+def _lines(rows: EncodedRows, row_ids: np.ndarray, pad_id: int, shape: BatchShape) -> Batch:
+    """A batch with a line for each row, or with two for each pair."""
+    if shape.is_paired:
+        return collate_pairs(rows, row_ids, pad_id)  # type: ignore[return-value]
+    return collate(rows, row_ids, pad_id, shape.width)
 
 
 class PromptBatches(Dataset[PromptBatch]):

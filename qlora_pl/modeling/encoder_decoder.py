@@ -133,22 +133,22 @@ def seq2seq_loss(
         normalize_by: As in ``causal_lm_loss``.
     """
     labels = batch["labels"]  # (B, T)
-    weights = batch.get("loss_weights")
     is_trained = labels != IGNORE_INDEX
+    weights = batch.get("loss_weights")
     if weights is not None:
         is_trained &= weights > 0
     row, position = is_trained.nonzero(as_tuple=True)
     logits = trained_logits(
         model,
         batch["input_ids"],
-        batch["attention_mask"],
         row,
         position,
+        attention_mask=batch["attention_mask"],
         **decoder_inputs(model, batch),
     )
-    losses = token_losses(logits, labels[row, position])  # (N,)
-    token_weights = None if weights is None else weights[row, position]
-    return sum_losses(losses, token_weights, row, len(labels), normalize_by)
+    losses = token_losses(logits, labels[row, position])
+    counted = None if weights is None else weights[row, position]
+    return sum_losses(losses, row, counted, len(labels), normalize_by)
 
 
 def keep_float32_products(model: nn.Module, fragile: tuple[str, ...]) -> None:

@@ -55,7 +55,7 @@ def start_at_activations(model: nn.Module, batches: Sequence[Batch]) -> None:
                 masks = [value for key, value in inputs.items() if key.endswith("_mask")]
                 seen.masks = {mask.numel(): mask.flatten().bool() for mask in masks}
                 ids, mask = inputs["input_ids"], inputs["attention_mask"]
-                trained_logits(model, ids, mask, nothing, nothing, **decoder)
+                trained_logits(model, ids, nothing, nothing, attention_mask=mask, **decoder)
     finally:
         for handle in handles:
             handle.remove()

@@ -54,50 +54,55 @@ def causal_lm_loss(
     is_trained = labels != IGNORE_INDEX
     weights = batch.get("loss_weights")
     if weights is not None:
-        is_trained &= weights[:, 1:] > 0
+        weights = weights[:, 1:]
+        is_trained &= weights > 0
     line, position = is_trained.nonzero(as_tuple=True)
     logits = trained_logits(
         model,
         batch["input_ids"],
-        batch.get("attention_mask"),
         line,
         position,
-        batch.get("position_ids"),
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
     )
     losses = token_losses(logits, labels[line, position])  # (N,)
-    token_weights = None if weights is None else weights[:, 1:][line, position]
     row = _row_of_tokens(batch)[:, 1:][line, position]
-    return sum_losses(losses, token_weights, row, batch["input_ids"].numel(), normalize_by)
+    return sum_losses(
+        losses, row, _at(weights, line, position), batch["input_ids"].numel(), normalize_by
+    )
+
+
+def _at(weights: Tensor | None, line: Tensor, position: Tensor) -> Tensor | None:
+    return None if weights is None else weights[line, position]
 
 
 def sum_losses(
     losses: Tensor,
-    token_weights: Tensor | None,
     row: Tensor,
-    num_rows: int,
+    weights: Tensor | None,
+    max_rows: int,
     normalize_by: Normalization,
 ) -> LossSum:
     """Token losses -> what their batch adds to its step.
 
     Args:
         losses: ``(N,)``.
-        token_weights: ``(N,)``, all above 0; None: 1.
-        row: ``(N,)`` the number of each token's row.
-        num_rows: Above the largest of these.
+        row: ``(N,)`` the number of the row of each.
+        weights: ``(N,)`` what each counts; None: 1.
+        max_rows: Above every number of a row.
         normalize_by: See ``causal_lm_loss``.
     """
-    weights = torch.ones_like(losses) if token_weights is None else token_weights.to(losses.dtype)
+    weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
     weighted, whole = losses * weights, weights.sum()
     if normalize_by == "tokens":
         total, weight = weighted.sum(), whole
     elif normalize_by == "rows":
-        of_rows = whole.new_zeros(num_rows).index_add(0, row, weights)
+        of_rows = whole.new_zeros(max_rows).index_add(0, row, weights)
         total, weight = (weighted / of_rows[row]).sum(), (of_rows > 0).sum().to(losses.dtype)
     else:
         is_empty = whole == 0
         total, weight = weighted.sum() / (whole + is_empty), (~is_empty).to(losses.dtype)
-    num_tokens = torch.tensor(len(losses), device=losses.device)
-    return LossSum(total, weight, losses.detach().sum(), num_tokens)
+    return LossSum(total, weight, losses.detach().sum(), row.new_tensor(len(row)))
 
 
 def _row_of_tokens(batch: Mapping[str, Any]) -> Tensor:
@@ -112,11 +117,9 @@ def _row_of_tokens(batch: Mapping[str, Any]) -> Tensor:
 def trained_logits(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor | None,
-    row: Tensor,
+    line: Tensor,
     position: Tensor,
-    position_ids: Tensor | None = None,
-    **decoder_inputs: Tensor,
+    **inputs: Tensor | None,
 ) -> Tensor:
     """Logits ``(N, V)`` of the given positions only, in the model's own arithmetic.
 
@@ -124,19 +127,15 @@ def trained_logits(
     inside the model's own forward, so that whatever a family does to its logits is kept.
 
     Args:
-        model: A causal LM.
+        model: A transformers language model.
         input_ids: ``(B, T)``.
-        attention_mask: ``(B, T)``; None where rows are packed.
-        row: ``(N,)`` lines of the wanted positions.
-        position: ``(N,)`` positions within their lines.
-        position_ids: ``(B, T)`` of packed rows; None: counted by the model.
-        decoder_inputs: What the decoder of an encoder-decoder model reads; positions are its.
+        line: ``(N,)`` lines of the wanted positions.
+        position: ``(N,)`` positions within their lines; of an encoder-decoder model, its targets'.
+        inputs: Whatever else the model reads; None is left out, since some families take no
+            positions at all.
     """
-    # Left out where there is none: some families take no positions at all.
-    named = {"attention_mask": attention_mask, "position_ids": position_ids}
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    given |= decoder_inputs
-    with _head_input(model, row, position):
+    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    with _head_input(model, line, position):
         output = model(input_ids=input_ids, use_cache=False, return_dict=True, **given)
     logits: Tensor = output.logits
     return logits[0]  # (1, N, V) -> (N, V)

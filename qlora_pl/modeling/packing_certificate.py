@@ -8,6 +8,7 @@ do not there is no error: so rows of the run are put through the model packed an
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -91,17 +92,19 @@ def packing_problem(model: nn.Module, probe: PackingProbe, dtype: torch.dtype) -
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return f"{family} cannot be run on packed rows ({reason})"
-    if not leak.seen <= tolerance:  # what is not a number is not small
+    if not all(map(math.isfinite, leak)):
+        return f"{family} gives logits or gradients of packed rows that are not numbers"
+    if leak.seen > tolerance:
         return (
             f"{family} lets a packed row see the others (they move its logits by {leak.seen:.2g} "
             "of their spread)"
         )
-    if not leak.logits <= tolerance:
+    if leak.logits > tolerance:
         return (
             f"{family} computes something else for a packed row (its logits are {leak.logits:.2g} "
             "of their spread from those of the row alone)"
         )
-    if not leak.gradient <= tolerance:
+    if leak.gradient > tolerance:
         return (
             f"{family}'s gradients of packed rows are {leak.gradient:.2g} of their norm from those "
             "of the rows alone"

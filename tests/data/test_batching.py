@@ -415,7 +415,8 @@ def test_a_batch_is_as_wide_as_its_longest_row_rounded_up_to_8():
 
 def test_a_loader_knows_its_length_without_listing_its_keys(monkeypatch: pytest.MonkeyPatch):
     """A million rows: neither length nor sampler makes a list of them, or the order of an epoch."""
-    rows = EncodedRows(np.zeros(10**6, np.int32), np.ones(10**6, bool), np.arange(10**6 + 1))
+    ones = np.ones(10**6, np.int64)
+    rows = EncodedRows(np.zeros(10**6, np.int32), ones.astype(bool), np.arange(10**6), ones, ones)
     monkeypatch.setattr(TrainingBatches, "keys", lambda *_: pytest.fail("listed"))
     batches = TrainingBatches(rows, BatchLayout(3, 4, 2), 5, True, PAD)
     assert len(ResumableSampler(batches)) == len(batches) == -(-(10**6) // 6)
@@ -440,9 +441,18 @@ def loaded(batches: TrainingBatches, epoch: int, position: int, num_workers: int
     return found + list(loader)
 
 
-def test_workers_change_nothing():
+@pytest.mark.parametrize(
+    "shape",
+    [
+        BatchShape(),
+        BatchShape(is_packed=True, max_length=128),
+        BatchShape(tokens_per_batch=256, max_length=100),
+    ],
+    ids=["rows", "packs", "budget"],
+)
+def test_workers_change_nothing(shape: BatchShape):
     rows = rows_of_lengths(random_lengths(45))
-    batches = TrainingBatches(rows, BatchLayout(2, 2), 3, True, PAD)
+    batches = TrainingBatches(rows, BatchLayout(2, 2), 3, True, PAD, shape)
     for alone, with_workers in zip(loaded(batches, 1, 5, 0), loaded(batches, 1, 5, 2), strict=True):
         assert all(torch.equal(alone[name], with_workers[name]) for name in alone)
 

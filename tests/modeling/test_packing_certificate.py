@@ -136,7 +136,10 @@ def test_a_wrong_gradient_behind_right_logits_is_found(saved: Saver) -> None:
 def test_logits_that_are_no_numbers_are_refused(saved: Saver) -> None:
     model = make_model(saved("LLaMA"))
     model.get_base_model().lm_head.weight.data.fill_(float("nan"))  # type: ignore
-    assert packing_problem(model, make_probe(), torch.float32) is not None
+    problem = packing_problem(model, make_probe(), torch.float32)
+    assert (
+        problem == "LlamaForCausalLM gives logits or gradients of packed rows that are not numbers"
+    )
 
 
 def test_a_model_that_takes_no_positions_is_refused(saved: Saver, monkeypatch: Any) -> None:
