@@ -9,10 +9,10 @@ it is cut into.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
@@ -30,9 +30,7 @@ from qlora_pl.data.ordering import (
     order_steps,
 )
 from qlora_pl.data.packing import Ragged, describe_packing, pack_rows
-
-BatchMaker = Callable[[EncodedRows, np.ndarray, int, int | None], Any]
-"""Rows, the numbers of those wanted, the padding token's id, and the width to fill, to a batch."""
+from qlora_pl.data.pair_batches import collate_pairs
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,8 @@ class BatchShape:
     tokens_per_batch: int | None = None
     """Tokens of a micro-batch at most, padding included; a unit then is a whole micro-batch, and
     the layout's ``batch_size`` has no meaning. None: batches of ``batch_size`` units."""
+    is_paired: bool = False
+    """Whether rows are pairs of a source and a target."""
 
     @property
     def width(self) -> int | None:
@@ -113,7 +113,6 @@ class TrainingBatches(Dataset[Batch]):
         shape: What a micro-batch is made of.
         multiplicity: See ``epoch_rows``; None: every row once an epoch. With packs or a token
             budget, all epochs have the rows of the first, so that all have equally many steps.
-        make_batch: Puts rows that are not packed together.
     """
 
     def __init__(
@@ -125,9 +124,7 @@ class TrainingBatches(Dataset[Batch]):
         pad_id: int,
         shape: BatchShape = BatchShape(),
         multiplicity: np.ndarray | None = None,
-        make_batch: BatchMaker = collate,
     ) -> None:
-        self.make_batch = make_batch
         self.rows = rows
         self.layout = layout if shape.tokens_per_batch is None else replace(layout, batch_size=1)
         self.seed = seed
@@ -211,7 +208,7 @@ class TrainingBatches(Dataset[Batch]):
         if self.shape.is_packed:
             return collate_packs(self.rows, units, self.pad_id, self.shape.width)
         row_ids = np.concatenate(units) if units else np.zeros(0, dtype=np.int64)
-        return self.make_batch(self.rows, row_ids, self.pad_id, self.shape.width)
+        return _lines(self.rows, row_ids, self.pad_id, self.shape)
 
     def __str__(self) -> str:
         """How full the packs are, or how many micro-batches a budget makes."""
@@ -272,8 +269,7 @@ class EvaluationBatches(Dataset[Batch]):
         rows: The split.
         layout: How rows are spread over devices and batches.
         pad_id: The id that fills short rows.
-        max_length: Pad to so many tokens instead of to the longest row of a batch.
-        make_batch: Puts rows together.
+        shape: How wide batches are, and whether rows are pairs.
     """
 
     def __init__(
@@ -281,14 +277,12 @@ class EvaluationBatches(Dataset[Batch]):
         rows: EncodedRows,
         layout: BatchLayout,
         pad_id: int,
-        max_length: int | None = None,
-        make_batch: BatchMaker = collate,
+        shape: BatchShape = BatchShape(),
     ) -> None:
-        self.make_batch = make_batch
         self.rows = rows
         self.layout = layout
         self.pad_id = pad_id
-        self.max_length = max_length
+        self.shape = shape
         self._order = longest_first(np.arange(len(rows)), rows.lengths)
 
     def __len__(self) -> int:
@@ -298,7 +292,14 @@ class EvaluationBatches(Dataset[Batch]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row_ids = self.layout.rows_of(self._order, index)
-        return self.make_batch(self.rows, row_ids, self.pad_id, self.max_length)
+        return _lines(self.rows, row_ids, self.pad_id, self.shape)
+
+
+def _lines(rows: EncodedRows, row_ids: np.ndarray, pad_id: int, shape: BatchShape) -> Batch:
+    """A batch with a line for each row, or with two for each pair."""
+    if shape.is_paired:
+        return collate_pairs(rows, row_ids, pad_id)  # type: ignore[return-value]
+    return collate(rows, row_ids, pad_id, shape.width)
 
 
 class PromptBatches(Dataset[PromptBatch]):

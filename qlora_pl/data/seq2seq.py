@@ -133,27 +133,6 @@ class Seq2SeqEncoder(Encoder):
         return np.full(example.num_trained, max(source, len(example.input_ids) - source))
 
 
-def refuse_causal_shapes(packing: Any, tokens_per_batch: int | None) -> None:
-    """Pairs are padded, and a number of them makes a batch.
-
-    Raises:
-        ConfigurationError: for shapes of batches that only rows of one text can have.
-    """
-    problems = []
-    if packing is True:
-        problems.append(
-            "data.packing: an encoder-decoder model reads prompts in an encoder of its own, where "
-            "rows cannot be packed; set it to false."
-        )
-    if tokens_per_batch is not None:
-        problems.append(
-            "data.tokens_per_batch: pairs of source and target are padded side by side, which a "
-            "budget of one width does not count; set data.batch_size instead."
-        )
-    if problems:
-        raise ConfigurationError(problems)
-
-
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and after a text, EOS at the end at least."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
