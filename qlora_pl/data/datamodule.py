@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from qlora_pl.batch import Batch, PackingProbe, PromptBatch
-from qlora_pl.data.batching import (
+from qlora_pl.data.batches.batching import (
     BatchLayout,
     BatchShape,
     EvaluationBatches,
@@ -28,15 +28,15 @@ from qlora_pl.data.batching import (
     ResumableSampler,
     TrainingBatches,
 )
-from qlora_pl.data.collation import make_packing_probe
+from qlora_pl.data.batches.collation import make_packing_probe
 from qlora_pl.data.continuing import refuse_other_order
-from qlora_pl.data.encoder_choice import Encoding
-from qlora_pl.data.encoding import TrainOn
-from qlora_pl.data.lengths import Overlong
-from qlora_pl.data.normalizing import OnError
-from qlora_pl.data.preparation import EncodedSplit
+from qlora_pl.data.encoding.encoder import TrainOn
+from qlora_pl.data.encoding.encoder_choice import Encoding
+from qlora_pl.data.encoding.lengths import Overlong
+from qlora_pl.data.reading.normalizing import OnError
+from qlora_pl.data.reading.sources import NO_ROWS, RowSources
+from qlora_pl.data.rows.preparation import EncodedSplit
 from qlora_pl.data.setting_checks import pair_problems, setting_problems
-from qlora_pl.data.sources import NO_ROWS, RowSources
 from qlora_pl.data.splits import (
     BaseFacts,
     first_rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_pl.data.ordering import padded_width
+from qlora_pl.data.batches.ordering import padded_width
 
 
 def setting_problems(data: Any) -> list[str]:

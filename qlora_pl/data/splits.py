@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from qlora_pl.data.encoder_choice import choose_encoder
-from qlora_pl.data.encoding import Encoder
-from qlora_pl.data.lengths import Limits
-from qlora_pl.data.ordering import keyed_generator
-from qlora_pl.data.preparation import EncodedSplit, prepare_split
-from qlora_pl.data.readers import hub_splits
-from qlora_pl.data.sources import NO_ROWS, RowSources
-from qlora_pl.data.stop_tokens import check_stop_token, known_stop_tokens
-from qlora_pl.data.template_loading import load_template
-from qlora_pl.data.tokenizer import load_model_config, load_tokenizer
+from qlora_pl.data.batches.ordering import keyed_generator
+from qlora_pl.data.encoding.encoder import Encoder
+from qlora_pl.data.encoding.encoder_choice import choose_encoder
+from qlora_pl.data.encoding.lengths import Limits
+from qlora_pl.data.encoding.stop_tokens import check_stop_token, known_stop_tokens
+from qlora_pl.data.encoding.tokenizer import load_model_config, load_tokenizer
+from qlora_pl.data.reading.readers import hub_splits
+from qlora_pl.data.reading.sources import NO_ROWS, RowSources
+from qlora_pl.data.rows.preparation import EncodedSplit, prepare_split
+from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import cache_root
 

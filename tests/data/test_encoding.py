@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.encoded_example import EncodedExample
-from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.encoding import Encoder
-from qlora_pl.data.template_loading import load_template
-from qlora_pl.data.template_texts import TEXT_TEMPLATES
-from qlora_pl.data.tokenizer import load_tokenizer
+from qlora_pl.data.encoding.encoder import Encoder
+from qlora_pl.data.encoding.example import EncodedExample
+from qlora_pl.data.encoding.tokenizer import load_tokenizer
+from qlora_pl.data.rows.encoded_rows import EncodedRows
+from qlora_pl.data.templates.loading import load_template
+from qlora_pl.data.templates.wording import TEXT_TEMPLATES
 from qlora_pl.errors import ConfigurationError
 
 NAMES = [name for name in (*TEXT_TEMPLATES, "chat") if name != "llama3"]  # has tokens of its own

@@ -15,18 +15,18 @@ from conftest import save_t5_tokenizer
 from families import Saver
 
 from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX
+from qlora_pl.data.batches.pair_batches import collate_pairs
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.encoder_choice import choose_encoder
-from qlora_pl.data.encoding import Encoder
-from qlora_pl.data.lengths import Limits
-from qlora_pl.data.pair_batches import collate_pairs
-from qlora_pl.data.preparation import EncodedSplit, prepare_split
-from qlora_pl.data.seq2seq import Seq2SeqEncoder
-from qlora_pl.data.sources import RowSources
-from qlora_pl.data.template_loading import load_template
-from qlora_pl.data.tokenizer import load_tokenizer
+from qlora_pl.data.encoding.encoder import Encoder
+from qlora_pl.data.encoding.encoder_choice import choose_encoder
+from qlora_pl.data.encoding.lengths import Limits
+from qlora_pl.data.encoding.seq2seq import Seq2SeqEncoder
+from qlora_pl.data.encoding.tokenizer import load_tokenizer
+from qlora_pl.data.reading.sources import RowSources
+from qlora_pl.data.rows.encoded_rows import EncodedRows
+from qlora_pl.data.rows.preparation import EncodedSplit, prepare_split
+from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import ConfigurationError, QLoRAError
 
 LONG = 10_000

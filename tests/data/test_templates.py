@@ -11,11 +11,11 @@ import pytest
 from conftest import CHAT_TEMPLATE
 from toy_tokenizers import TEXTS, asked, build
 
-from qlora_pl.data.chat_template import ChatTemplate
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.template_loading import TEMPLATES, load_template
-from qlora_pl.data.template_texts import TEXT_TEMPLATES
-from qlora_pl.data.templates import PromptTemplate, Segment
+from qlora_pl.data.templates.chat_template import ChatTemplate
+from qlora_pl.data.templates.loading import TEMPLATES, load_template
+from qlora_pl.data.templates.template import PromptTemplate, Segment
+from qlora_pl.data.templates.wording import TEXT_TEMPLATES
 from qlora_pl.errors import ConfigurationError
 
 NAMES = [name for name in (*TEXT_TEMPLATES, "chat") if name != "llama3"]  # has tokens of its own

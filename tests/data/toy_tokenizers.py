@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.tokenizer import load_tokenizer
+from qlora_pl.data.encoding.tokenizer import load_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 KINDS = ["bytes", "bytes-bos", "bytes-trimmed", "sentencepiece"]
