@@ -101,7 +101,8 @@ class TextTemplate(PromptTemplate):
     """A system message; ``{content}``."""
     question_with_system: str = ""
     """The first question where there is a system message, ``{content}`` and ``{system}``, for
-    templates that fold it in; empty: ``system`` comes before it."""
+    templates that fold it in; a context is joined by a blank line. Empty: ``system`` comes
+    before it."""
     preamble: str = ""
     """Before the first question, when the conversation has no system message of its own."""
     preamble_with_context: str = ""
@@ -152,8 +153,9 @@ class TextTemplate(PromptTemplate):
         self, message: Message, place: int, system: str | None, is_first: bool
     ) -> Iterator[Segment]:
         preamble = self.preamble if is_first and system is None else ""
+        folds_system = is_first and system is not None and self.question_with_system
         content, context = message.content, message.context
-        if context and self.question_with_context:
+        if context and self.question_with_context and not folds_system:
             if preamble:
                 preamble = self.preamble_with_context or preamble
             yield from _fill(preamble, None)
@@ -162,8 +164,12 @@ class TextTemplate(PromptTemplate):
         if context:
             content = f"{content}\n\n{context}"
         yield from _fill(preamble, None)
-        if is_first and system is not None and self.question_with_system:
-            yield from _fill(self.question_with_system, place, content=content, system=system)
+        if folds_system and system is not None:
+            for segment, field in _filled(
+                self.question_with_system, place, content=content, system=system
+            ):
+                # The system message, which comes first, is whose its text is.
+                yield segment._replace(message=0) if field == "system" else segment
         else:
             yield from _fill(self.question, place, content=content)
 
@@ -176,11 +182,17 @@ def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
 def _fill(
     text: str, message: int | None, is_answer: bool = False, **values: str
 ) -> Iterator[Segment]:
+    return (segment for segment, _ in _filled(text, message, is_answer, **values))
+
+
+def _filled(
+    text: str, message: int | None, is_answer: bool = False, **values: str
+) -> Iterator[tuple[Segment, str | None]]:
     for literal, field in _parts(text):
         if literal:
-            yield Segment(literal, is_answer, message)
+            yield Segment(literal, is_answer, message), None
         if field and values[field]:
-            yield Segment(values[field], is_answer, message, is_content=True)
+            yield Segment(values[field], is_answer, message, is_content=True), field
 
 
 FIELDS = {  # what the formats of a template may name
