@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ class Segment(NamedTuple):
     message: int | None = None
     """The place of the message whose turn it is; None: the template's own text, or not told."""
     is_content: bool = False
-    """Whether it comes from the row, so that nothing in it is a control token."""
+    """Whether it is the row's, so that nothing in it is a control token; of a chat template's text,
+    what a system message says and what spells a control token."""
 
 
 class Rendering(NamedTuple):
@@ -172,6 +173,25 @@ class TextTemplate(PromptTemplate):
                 yield segment._replace(message=0) if field == "system" else segment
         else:
             yield from _fill(self.question, place, content=content)
+
+
+def control_tokens(tokenizer: Any, stop: str) -> dict[str, Any]:
+    """Tokens that a template may write and a row's own text may not, each with its entry.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        stop: The template's stop token; it, and tokens with a role such as the end of text, are
+            control tokens whatever their entries say.
+    """
+    named = {stop, *tokenizer.all_special_tokens}
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    return {token.content: token for token in added if token.special or token.content in named}
+
+
+def control_pattern(names: Iterable[str]) -> re.Pattern[str] | None:
+    """Finds control tokens in a text, the longest at each place; None where there are none."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ KINDS = [*toy_tokenizers.KINDS, *real_tokenizers.REAL]
 FRAGMENTS = [
     *toy_tokenizers.TEXTS,
     "量子化された重みは四ビットで保存される。",
-    "他说：“模型会在这里停下来。”",
+    "他说, “模型会在这里停下来。”",
     "كيف حالك اليوم؟ ١٢٣",
     "Straßenbahnhaltestelle; Äpfel, Öl und Übermut",
     "x = [i ** 2 for i in range(10)]  # 1234567890",
