@@ -61,7 +61,8 @@ class ChunkEncoder:
         ):
             rows = []
             for example in examples:
-                needed.append(needed_lengths(example, self.limits.overlong))
+                if example.is_worth_training:  # no length would keep another
+                    needed.append(needed_lengths(example, self.limits.overlong))
                 rows += self._fit(example, place, report)
             report.num_unrolled += len(examples) > 1
             if rows:
@@ -104,23 +105,25 @@ class ChunkEncoder:
         length = len(example.input_ids)
         is_long = length > max_length
         report.longest = max(report.longest, length)
+        report.num_spelling_control += example.spells_control
+        if not example.is_worth_training:
+            report.num_dropped += 1
+            report.num_untrained += 1
+            report.untrained = [*report.untrained, str(place)][:SHOWN]
+            return []
         if is_long and overlong == "error":
             raise DatasetFormatError(
                 f"{place}: {length} tokens, more than data.max_length {max_length}. Raise it, or "
                 "set data.overlong: cut or drop."
             )
         fitted = fit_to_length(example, max_length, overlong, self.encoder.stop_ids)
-        rows = [row for row in fitted if (row.is_answer & row.is_trained).any()]
+        rows = [row for row in fitted if overlong == "split" or row.is_worth_training]
         num_trained = sum(row.num_trained for row in rows)
         report.num_lost_tokens += example.num_trained - num_trained
         report.num_trained_tokens += num_trained
         report.num_tokens += sum(len(row.input_ids) for row in rows)
-        report.num_spelling_control += example.spells_control
         if not rows:
             report.num_dropped += 1
-            if not example.is_trained.any():
-                report.num_untrained += 1
-                report.untrained = [*report.untrained, str(place)][:SHOWN]
             return []
         is_split = is_long and overlong == "split"
         report.num_split += is_split

@@ -53,6 +53,11 @@ class EncodedExample(NamedTuple):
         """Tokens that are labels."""
         return int(np.count_nonzero(self.is_trained))
 
+    @property
+    def is_worth_training(self) -> bool:
+        """Whether a token of an answer is trained; questions alone teach nothing that was asked."""
+        return bool((self.is_answer & self.is_trained).any())
+
     def part(self, chosen: np.ndarray | slice) -> EncodedExample:
         """Some of its tokens."""
         return self._replace(
