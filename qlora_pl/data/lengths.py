@@ -21,9 +21,10 @@ def fit_to_length(
         example: A row of any length.
         max_length: Tokens that a row may have.
         overlong: ``cut``: the right end goes, with the stop token. ``cut_keep_stop``: an answer
-            that is cut gets its stop token back, unless one token of it is all that is left. ``cut_prompt``: the left end of what comes before
-            the first trained token goes, and the right end only if that is not enough. ``split``:
-            into consecutive pieces. ``drop`` and ``error``: no row is left.
+            that is cut gets its stop token back, unless one token of it is all that is left.
+            ``cut_prompt``: the left end of what comes before the first trained token goes, and the
+            right end only if that is not enough. ``split``: into consecutive pieces. ``drop`` and
+            ``error``: no row is left.
         stop_ids: Tokens that end an answer.
     """
     length = len(example.input_ids)
