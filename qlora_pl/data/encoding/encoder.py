@@ -136,24 +136,26 @@ class Encoder:
         self, conversation: Conversation, rendering: Rendering, tokens: Tokens
     ) -> EncodedExample:
         bos = self._bos(rendering)
-        num_bos = len(bos)
+        num_added = len(bos)
         input_ids = np.array([*bos, *tokens.ids], dtype=np.int32)
+        num_bos = int(len(input_ids) > 0 and input_ids[0] == self._bos_id)
         is_answer = np.zeros(len(input_ids), dtype=bool)
         weights = np.zeros(len(input_ids), dtype=np.float32)
         num_unstopped = num_straddling = 0
         for run in self._runs(conversation, rendering.segments):
             if not (run.is_answer or run.weight):
                 continue
-            first = tokens.token_at(run.start) + num_bos
-            end = len(input_ids) if run.is_last else tokens.token_at(run.end) + num_bos
+            first = tokens.token_at(run.start) + num_added
+            end = len(input_ids) if run.is_last else tokens.token_at(run.end) + num_added
             is_answer[first:end] = run.is_answer
             weights[first:end] = run.weight
             if run.is_answer and first < len(input_ids):
-                straddles = tokens.begins_before(first - num_bos, run.start)
+                straddles = tokens.begins_before(first - num_added, run.start)
                 num_straddling += run.start > 0 and straddles
             if run.is_answer and run.weight and (self.append_eos or not conversation.is_plain_text):
                 ends_in_stop = first < end and int(input_ids[end - 1]) in self.stop_ids
                 num_unstopped += not ends_in_stop
+        weights[:num_bos] = 0
         is_trained = weights > 0
         is_uniform = bool((weights[is_trained] == 1).all())
         return EncodedExample(

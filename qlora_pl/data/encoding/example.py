@@ -19,7 +19,7 @@ class EncodedExample(NamedTuple):
     is_answer: np.ndarray
     """``(T,)`` bool; True where the model is to write it, trained or not."""
     num_bos: int = 0
-    """Tokens that were put before the text."""
+    """Beginning-of-text tokens at its start, whoever put them there; nothing can predict them."""
     weights: np.ndarray | None = None
     """``(T,)`` float32, how much each trained token counts; None: all the same."""
     num_unstopped: int = 0
@@ -40,6 +40,11 @@ class EncodedExample(NamedTuple):
     def num_trained(self) -> int:
         """Tokens that are labels."""
         return int(np.count_nonzero(self.is_trained))
+
+    @property
+    def is_worth_training(self) -> bool:
+        """Whether a token of an answer is trained; questions alone teach nothing that was asked."""
+        return bool((self.is_answer & self.is_trained).any())
 
     def part(self, chosen: np.ndarray | slice) -> EncodedExample:
         """Some of its tokens."""

@@ -51,9 +51,10 @@ def fit_to_length(
         example: A row of any length.
         max_length: Tokens that a row may have.
         overlong: ``cut``: the right end goes, with the stop token. ``cut_keep_stop``: an answer
-            that is cut gets its stop token back. ``cut_prompt``: the left end of what comes before
-            the first trained token goes, and the right end only if that is not enough. ``split``:
-            into consecutive pieces. ``drop`` and ``error``: no row is left.
+            that is cut gets its stop token back, unless one token of it is all that is left.
+            ``cut_prompt``: the left end of what comes before the first trained token goes, and the
+            right end only if that is not enough. ``split``: into consecutive pieces. ``drop`` and
+            ``error``: no row is left.
         stop_ids: Tokens that end an answer.
     """
     length = len(example.input_ids)
@@ -81,28 +82,36 @@ def num_removable(example: EncodedExample) -> int:
 def needed_lengths(example: EncodedExample, overlong: Overlong) -> np.ndarray:
     """For each trained token, the ``max_length`` from which on it is kept.
 
+    A row that has no token of an answer left is dropped, and what else was trained of it with it;
+    pieces of a split row stay whatever they hold.
+
+    Args:
+        example: A row that is worth training.
+        overlong: What becomes of it where it is too long.
+
     Returns:
         ``(num_trained,)`` int64.
     """
     positions = np.flatnonzero(example.is_trained)
     if overlong in ("drop", "error"):
         return np.full(len(positions), len(example.input_ids), dtype=np.int64)
-    if overlong == "cut_prompt":
-        # Of a row that is cut further, the tokens count from where the prompt has gone.
-        return positions + 1 - num_removable(example)
     if overlong == "split":
         return np.ones(len(positions), dtype=np.int64)
-    return positions + 1
+    # Of a row that is cut further, the tokens count from where the prompt has gone.
+    num_gone = num_removable(example) if overlong == "cut_prompt" else 0
+    first_answer = int(np.argmax(example.is_answer & example.is_trained))
+    return np.maximum(positions, first_answer) + 1 - num_gone
 
 
 def _keep_stop(
     example: EncodedExample, max_length: int, stop_ids: Collection[int]
 ) -> EncodedExample:
     cut = max_length - 1  # the first token that goes, if the stop token takes the last place
-    if not (example.is_trained[cut] and example.is_trained[cut - 1]):
+    is_learnt = example.is_answer & example.is_trained
+    if not (is_learnt[cut] and is_learnt[cut - 1]):
         return example.part(slice(max_length))
     beyond = example.input_ids[cut:]
-    ends = np.flatnonzero(np.isin(beyond, list(stop_ids)) & example.is_trained[cut:])
+    ends = np.flatnonzero(np.isin(beyond, list(stop_ids)) & is_learnt[cut:])
     if not len(ends):
         return example.part(slice(max_length))
     return example.part(np.r_[:cut, cut + ends[0]])

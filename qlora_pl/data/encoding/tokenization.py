@@ -7,14 +7,13 @@ what lies between them is tokenised as ordinary text; every other row goes throu
 from __future__ import annotations
 
 import json
-import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
 from qlora_pl.data.conversation import Conversation
-from qlora_pl.data.templates.template import Rendering, Segment
+from qlora_pl.data.templates.template import Rendering, Segment, control_pattern, control_tokens
 
 NO_TEXT = "\U0010ffff"
 """A code point that no text holds."""
@@ -35,20 +34,34 @@ class Tokens(Protocol):
 
 
 class WholeText:
-    """A text that was tokenised in one pass."""
+    """A text that was tokenised in one pass.
 
-    def __init__(self, encoding: Any) -> None:
+    Args:
+        encoding: Of the tokenizers library.
+        text: What was encoded.
+        swallowing: Control tokens that cover the spaces after them too, by id.
+    """
+
+    def __init__(self, encoding: Any, text: str, swallowing: Mapping[int, str]) -> None:
         self._encoding = encoding
+        self._text = text
+        self._swallowing = swallowing
         self.ids: list[int] = encoding.ids
 
     def token_at(self, character: int) -> int:
-        """See ``Tokens``."""
+        """See ``Tokens``; spaces that a control token swallows count to what follows it."""
         token: int | None = self._encoding.char_to_token(character)
         if token is not None:
-            return token
+            name = self._swallowing.get(self.ids[token])
+            return token + (name is not None and character >= self._end_of(name, token))
         # A character that no token covers: some normalisers leave characters out.
         ends = (end for _, end in self._encoding.offsets)
         return next((place for place, end in enumerate(ends) if end > character), len(self.ids))
+
+    def _end_of(self, name: str, token: int) -> int:
+        start, end = self._encoding.token_to_chars(token)
+        own = self._text.find(name, start, end)
+        return int(end if own < 0 else own + len(name))  # not found where a normaliser changed it
 
     def begins_before(self, token: int, character: int) -> bool:
         """See ``Tokens``."""
@@ -62,13 +75,19 @@ class PiecedText:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self._starts: list[int] = []
-        self._pieces: list[tuple[int, WholeText | None]] = []
+        self._pieces: list[tuple[int, WholeText | int]] = []
 
-    def append(self, start: int, ids: Sequence[int], text: WholeText | None = None) -> None:
-        """Add a piece that begins at this character; None: a control token."""
+    def append_text(self, start: int, text: WholeText) -> None:
+        """Add ordinary text that begins at this character."""
         self._starts.append(start)
         self._pieces.append((len(self.ids), text))
-        self.ids.extend(ids)
+        self.ids.extend(text.ids)
+
+    def append_control(self, start: int, token: int, length: int) -> None:
+        """Add a control token of so many characters."""
+        self._starts.append(start)
+        self._pieces.append((len(self.ids), length))
+        self.ids.append(token)
 
     def token_at(self, character: int) -> int:
         """See ``Tokens``."""
@@ -76,16 +95,17 @@ class PiecedText:
         if place < 0:
             return 0
         first, text = self._pieces[place]
-        if text is None:
-            # A character behind a control token that swallows the spaces after it.
-            return first if character == self._starts[place] else first + 1
+        if isinstance(text, int):  # and spaces that it swallows count to what follows it
+            return first + (character >= self._starts[place] + text)
         return first + text.token_at(character - self._starts[place])
 
     def begins_before(self, token: int, character: int) -> bool:
         """See ``Tokens``."""
         place = bisect_right(self._starts, character) - 1
         first, text = self._pieces[max(place, 0)]
-        if text is None or token < first or token >= first + len(text.ids):
+        if isinstance(text, int):
+            return token == first and character > self._starts[place]
+        if token < first or token >= first + len(text.ids):
             return False
         return text.begins_before(token - first, character - self._starts[place])
 
@@ -95,17 +115,16 @@ class TextTokenizer:
 
     Args:
         tokenizer: A fast transformers tokenizer; a copy of its backend is used.
-        stop: The template's stop token, a control token whatever its entry says.
+        stop: The template's stop token.
     """
 
     def __init__(self, tokenizer: Any, stop: str) -> None:
-        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-        self._control = {token.content: token for token in added if token.special}
-        self._control |= {token.content: token for token in added if token.content == stop}
-        names = sorted(self._control, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
+        self._control = control_tokens(tokenizer, stop)
+        names = list(self._control)
+        self._pattern = control_pattern(names)
         self._firsts = {name[0] for name in names}
-        self._id_of = tokenizer.convert_tokens_to_ids
+        self._ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
+        self._swallowing = {self._ids[n]: n for n in names if self._control[n].rstrip}
         self._source = tokenizer.backend_tokenizer.to_str()
 
     @cached_property
@@ -167,9 +186,12 @@ class TextTokenizer:
             spells: For each, whether it does.
         """
         texts = [r.text for r, apart in zip(renderings, spells, strict=True) if not apart]
-        whole = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        whole = iter(zip(encodings, texts, strict=True))
         tokens: list[Tokens] = [
-            self._in_pieces(rendering.segments) if apart else WholeText(next(whole))
+            self._in_pieces(rendering.segments)
+            if apart
+            else WholeText(*next(whole), self._swallowing)
             for rendering, apart in zip(renderings, spells, strict=True)
         ]
         return tokens
@@ -189,7 +211,7 @@ class TextTokenizer:
             self._append_text(tokens, start + num_swallowed, shown[num_swallowed:])
             start += len(stretch)
             if entry is not None:
-                tokens.append(start, [self._id_of(text)])
+                tokens.append_control(start, self._ids[text], len(text))
                 swallows = entry.rstrip
             start += len(text)
             stretch = ""
@@ -199,8 +221,9 @@ class TextTokenizer:
         if not text:
             return
         backend = self._later_backend if tokens.ids else self._plain_backend
-        piece = WholeText(backend.encode(text, add_special_tokens=False))
-        tokens.append(start, piece.ids, piece)
+        tokens.append_text(
+            start, WholeText(backend.encode(text, add_special_tokens=False), text, {})
+        )
 
     def _stretches(self, segments: Sequence[Segment]) -> Iterator[tuple[str, bool]]:
         """Ordinary text and the template's control tokens, in order."""

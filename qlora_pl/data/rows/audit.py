@@ -41,7 +41,7 @@ class DataReport:
     num_dropped: int = 0
     """Rows left out: too long (with ``overlong: drop``) or with no token of an answer left."""
     num_untrained: int = 0
-    """Those of them that have no trained token."""
+    """Those of them that have no trained token of an answer, whatever their length."""
     untrained: list[str] = field(default_factory=list)
     """The first of them."""
     num_cut: int = 0
@@ -127,7 +127,7 @@ class DataReport:
             text += f"; skipped: {'; '.join(self.skipped)}"
         if self.untrained:
             more = self.num_untrained - len(self.untrained)
-            text += f"; without a trained token: {'; '.join(self.untrained)}"
+            text += f"; without a trained answer: {'; '.join(self.untrained)}"
             text += f" and {more:,} more" if more else ""
         return text
 
@@ -149,12 +149,14 @@ def check_split(
             does not end in a stop token.
     """
     if report.num_rows == 0:
-        reason = (
-            f"no answer fits into {limits.answer_key} {limits.answer_limit} "
-            f"({report.longest_named})"
-            if report.num_dropped
-            else "there are no rows"
-        )
+        reason = "there are no rows"
+        if report.num_dropped:
+            reason = (
+                f"no answer fits into {limits.answer_key} {limits.answer_limit} "
+                f"({report.longest_named})"
+            )
+        if report.untrained and report.num_untrained == report.num_dropped:
+            reason = f"no answer has a weight above 0 (first: {report.untrained[0]})"
         raise ConfigurationError(f"{key}: nothing to train on, {reason}.")
     if report.lost_ratio > limits.max_lost_ratio:
         enough = sufficient_length(needed, limits.max_lost_ratio)
@@ -176,4 +178,4 @@ def check_split(
 def sufficient_length(needed: np.ndarray, max_lost_ratio: float) -> int:
     """The smallest ``max_length`` that loses no more than this share of the trained tokens."""
     lost = needed.sum() - np.cumsum(needed)  # of a limit of 0, 1, 2, ...
-    return int(np.argmax(lost <= max_lost_ratio * needed.sum()))
+    return int(np.argmax(lost / needed.sum() <= max_lost_ratio))

@@ -63,7 +63,8 @@ class ChunkEncoder:
         ):
             rows = []
             for example in examples:
-                needed.append(self.encoder.needed(example, self.limits))
+                if example.is_worth_training:  # no length would keep another
+                    needed.append(self.encoder.needed(example, self.limits))
                 rows += self._fit(example, place, report)
             report.num_unrolled += len(examples) > 1
             if rows:
@@ -104,27 +105,29 @@ class ChunkEncoder:
         """The rows that are kept of an example, counted."""
         overlong = self.limits.overlong
         length = len(example.input_ids)
-        fitted = self.encoder.fit(example, self.limits)
-        is_long = len(fitted) != 1 or len(fitted[0].input_ids) != length
         source = source_length(example) if self.encoder.is_paired else length
         report.longest = max(report.longest, source)
         report.longest_target = max(report.longest_target, length - source)
+        report.num_spelling_control += example.spells_control
+        if not example.is_worth_training:
+            report.num_dropped += 1
+            report.num_untrained += 1
+            report.untrained = [*report.untrained, str(place)][:SHOWN]
+            return []
+        fitted = self.encoder.fit(example, self.limits)
+        is_long = len(fitted) != 1 or len(fitted[0].input_ids) != length
         if is_long and overlong == "error":
             raise DatasetFormatError(
                 f"{place}: {length} tokens, more than {self.limits}. Raise it, or "
                 "set data.overlong: cut or drop."
             )
-        rows = [row for row in fitted if (row.is_answer & row.is_trained).any()]
+        rows = [row for row in fitted if overlong == "split" or row.is_worth_training]
         num_trained = sum(row.num_trained for row in rows)
         report.num_lost_tokens += example.num_trained - num_trained
         report.num_trained_tokens += num_trained
         report.num_tokens += sum(len(row.input_ids) for row in rows)
-        report.num_spelling_control += example.spells_control
         if not rows:
             report.num_dropped += 1
-            if not example.is_trained.any():
-                report.num_untrained += 1
-                report.untrained = [*report.untrained, str(place)][:SHOWN]
             return []
         is_split = is_long and overlong == "split"
         report.num_split += is_split

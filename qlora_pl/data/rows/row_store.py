@@ -19,7 +19,7 @@ from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.data.encoding.example import EncodedExample
 from qlora_pl.data.reading.places import Place
 from qlora_pl.data.rows.encoded_rows import EncodedRows, concatenated, concatenated_weights
-from qlora_pl.files import sha256_file
+from qlora_pl.files import sha256_bytes, sha256_file
 
 INDEX = ("start", "length", "trained", "file", "row", "part", "conversation")
 """What is known of each row: int64 each."""
@@ -33,6 +33,7 @@ FILES = {
 }
 WEIGHTS = "weights.float32"
 META = "meta.json"
+"""What is known of all rows together, below its own digest."""
 
 
 class EncodedChunk(NamedTuple):
@@ -120,11 +121,12 @@ class RowWriter:
     def _append_weights(self, chunk: EncodedChunk) -> None:
         if chunk.weights is None and WEIGHTS not in self._files:
             return
-        if WEIGHTS not in self._files:  # the first row that has any: all before it count 1
+        if WEIGHTS not in self._files:  # the first row that has any: what was trained counts 1
             file = self._files[WEIGHTS] = (self._folder / WEIGHTS).open("wb")
-            for start in range(0, self._num_tokens, 1 << 20):
-                size = min(1 << 20, self._num_tokens - start)
-                file.write(np.ones(size, np.float32).tobytes())
+            self._files["trained.bool"].flush()
+            with (self._folder / "trained.bool").open("rb") as before:
+                while some := before.read(1 << 20):
+                    file.write(np.frombuffer(some, np.bool_).astype(np.float32).tobytes())
         weights = chunk.is_trained if chunk.weights is None else chunk.weights
         self._files[WEIGHTS].write(weights.astype(np.float32).tobytes())
 
@@ -136,8 +138,8 @@ class RowWriter:
         for file in self._files.values():
             file.close()
         digests = {name: sha256_file(self._folder / name) for name in self._files}
-        meta = {"files": list(files), "report": report, "sha256": digests}
-        (self._folder / META).write_text(json.dumps(meta))
+        meta = json.dumps({"files": list(files), "report": report, "sha256": digests})
+        (self._folder / META).write_text(f"{sha256_bytes(meta.encode())}\n{meta}")
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,14 @@ class StoredRows:
 def open_rows(folder: Path) -> StoredRows | None:
     """The rows of a folder, mapped; None if it is not whole or was altered."""
     try:
-        meta = json.loads((folder / META).read_text())
+        digest_of_meta, text = (folder / META).read_text().split("\n")
+        if sha256_bytes(text.encode()) != digest_of_meta:
+            return None
+        meta = json.loads(text)
         for name, digest in meta["sha256"].items():
             if sha256_file(folder / name) != digest:
                 return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return None
     arrays = {name: _mapped(folder / name, dtype) for name, dtype in FILES.items()}
     index = arrays["rows.int64"].reshape(-1, len(INDEX)).T

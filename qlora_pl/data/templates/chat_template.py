@@ -11,7 +11,13 @@ from itertools import pairwise
 from typing import Any
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.templates.template import PromptTemplate, Rendering, Segment
+from qlora_pl.data.templates.template import (
+    PromptTemplate,
+    Rendering,
+    Segment,
+    control_pattern,
+    control_tokens,
+)
 from qlora_pl.errors import ConfigurationError
 
 Messages = Sequence[Message]
@@ -33,6 +39,7 @@ class ChatTemplate(PromptTemplate):
         self._compiled = _compile(self._source)
         self._tokens = dict(tokenizer.special_tokens_map)
         self.stop = self._stop()
+        self._control = control_pattern(control_tokens(tokenizer, self.stop))
 
     def definition(self) -> dict[str, str]:
         """See ``PromptTemplate``."""
@@ -92,14 +99,12 @@ class ChatTemplate(PromptTemplate):
             later.asked.startswith(earlier.answered) for earlier, later in pairwise(turns)
         )
         groups = [turns] if is_one_row else [[turn] for turn in turns]
-        return [self._row(messages, group, is_one_row, marks_content) for group in groups]
+        return [self._row(messages, group, marks_content) for group in groups]
 
-    def _row(
-        self, messages: Messages, turns: Sequence[_Turn], is_whole: bool, marks_content: bool
-    ) -> Rendering:
+    def _row(self, messages: Messages, turns: Sequence[_Turn], marks_content: bool) -> Rendering:
         last = turns[-1]
         seen = messages[: last.place + 1]
-        num_trimmed = _check_contents(last.answered, seen, may_shorten_answers=not is_whole)
+        num_trimmed = _check_contents(last.answered, seen, may_shorten_answers=len(turns) == 1)
         segments: list[Segment] = []
         done = 0
         for turn in turns:
@@ -146,26 +151,34 @@ class ChatTemplate(PromptTemplate):
     def _mark_content(
         self, segments: list[Segment], text: str, messages: Messages, asks: bool
     ) -> list[Segment]:
-        """Cut segments where a message's text begins and ends.
+        """Cut segments where a system message or a control token of the row begins and ends.
 
-        The messages are rendered once more between two characters that occur nowhere else; what
-        lies between them is theirs, and without them the text must be the same as before.
+        The messages are rendered once more with characters around these that occur nowhere else;
+        without them the text must be the same as before. They lie close around what they mark,
+        since templates trim messages and cut thoughts off.
         """
         unused = [chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text]
-        marks = list(zip(unused[::2], unused[1::2], strict=False))[: len(messages)]
-        for said in (_said, lambda message: _said(message).strip()):
-            marked = [
-                Message(message.role, f"{first}{said(message)}{last}")
-                for message, (first, last) in zip(messages, marks, strict=True)
-            ]
-            with_marks = self._texts([marked], asks)[0]
-            edges, without = _edges(with_marks, marks)
-            if without == text:
-                return _cut(segments, edges)
-        raise ConfigurationError(
-            "data.template: the tokenizer's chat template rewrites its messages, so that control "
-            "tokens written inside one cannot be told from its own; remove them from the row."
-        )
+        pairs = list(zip(unused[::2], unused[1::2], strict=False))[: len(messages)]
+        edges = None
+        if len(pairs) == len(messages):
+            marked = [self._marked(m, *pair) for m, pair in zip(messages, pairs, strict=True)]
+            edges, without = _edges(self._texts([marked], asks)[0], pairs)
+        if edges is None or without != text:
+            raise ConfigurationError(
+                "data.template: the tokenizer's chat template rewrites its messages, so that "
+                "control tokens written inside one cannot be told from its own; remove them from "
+                "the row."
+            )
+        return _cut(segments, edges)
+
+    def _marked(self, message: Message, first: str, last: str) -> Message:
+        said = _said(message)
+        if message.role == "system":
+            bare = said.strip()  # an empty one stays empty: templates ask whether there is one
+            said = said.replace(bare, f"{first}{bare}{last}", 1) if bare else said
+        elif self._control is not None:
+            said = self._control.sub(lambda found: f"{first}{found.group()}{last}", said)
+        return Message(message.role, said)
 
 
 def _compile(source: str) -> Any:
@@ -203,8 +216,8 @@ def _said(message: Message) -> str:
 def _check_contents(text: str, messages: Messages, may_shorten_answers: bool) -> int:
     """Every message must be in the text; counts those that lost spaces at an end.
 
-    Earlier answers may be shortened where each answer is a row of its own: there their thoughts
-    were trained, and in use the template drops them too.
+    Earlier answers may be shortened where the row's last answer alone is trained: in use the
+    template drops their thoughts too.
 
     Raises:
         ConfigurationError: naming a message that is not there.
@@ -231,19 +244,29 @@ def _check_contents(text: str, messages: Messages, may_shorten_answers: bool) ->
 
 
 def _edges(
-    marked: str, marks: Sequence[tuple[str, str]]
-) -> tuple[list[tuple[int, int | None]], str]:
-    """Where whose text begins (its message's place) or ends (None); and the text without marks."""
-    opens = {first: place for place, (first, _) in enumerate(marks)}
-    closes = {last for _, last in marks}
+    marked: str, pairs: Sequence[tuple[str, str]]
+) -> tuple[list[tuple[int, int | None]] | None, str]:
+    """Where whose text begins (its message's place) or ends (None); and the text without marks.
+
+    No edges (None) if a mark has lost its other half.
+    """
+    opens = {first: place for place, (first, _) in enumerate(pairs)}
+    closes = {last: place for place, (_, last) in enumerate(pairs)}
     edges: list[tuple[int, int | None]] = []
     plain: list[str] = []
+    whose: int | None = None
     for character in marked:
-        if character in opens or character in closes:
-            edges.append((len(plain), opens.get(character)))
+        if character in opens and whose is None:
+            whose = opens[character]
+        elif character in closes and whose == closes[character]:
+            whose = None
+        elif character in opens or character in closes:
+            return None, ""
         else:
             plain.append(character)
-    return edges, "".join(plain)
+            continue
+        edges.append((len(plain), whose))
+    return (edges if whose is None else None), "".join(plain)
 
 
 def _cut(segments: Sequence[Segment], edges: Sequence[tuple[int, int | None]]) -> list[Segment]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ class Segment(NamedTuple):
     message: int | None = None
     """The place of the message whose turn it is; None: the template's own text, or not told."""
     is_content: bool = False
-    """Whether it comes from the row, so that nothing in it is a control token."""
+    """Whether it is the row's, so that nothing in it is a control token; of a chat template's text,
+    what a system message says and what spells a control token."""
 
 
 class Rendering(NamedTuple):
@@ -101,7 +102,8 @@ class TextTemplate(PromptTemplate):
     """A system message; ``{content}``."""
     question_with_system: str = ""
     """The first question where there is a system message, ``{content}`` and ``{system}``, for
-    templates that fold it in; empty: ``system`` comes before it."""
+    templates that fold it in; a context is joined by a blank line. Empty: ``system`` comes
+    before it."""
     preamble: str = ""
     """Before the first question, when the conversation has no system message of its own."""
     preamble_with_context: str = ""
@@ -152,8 +154,9 @@ class TextTemplate(PromptTemplate):
         self, message: Message, place: int, system: str | None, is_first: bool
     ) -> Iterator[Segment]:
         preamble = self.preamble if is_first and system is None else ""
+        folds_system = is_first and system is not None and self.question_with_system
         content, context = message.content, message.context
-        if context and self.question_with_context:
+        if context and self.question_with_context and not folds_system:
             if preamble:
                 preamble = self.preamble_with_context or preamble
             yield from _fill(preamble, None)
@@ -162,10 +165,33 @@ class TextTemplate(PromptTemplate):
         if context:
             content = f"{content}\n\n{context}"
         yield from _fill(preamble, None)
-        if is_first and system is not None and self.question_with_system:
-            yield from _fill(self.question_with_system, place, content=content, system=system)
+        if folds_system and system is not None:
+            for segment, field in _filled(
+                self.question_with_system, place, content=content, system=system
+            ):
+                # The system message, which comes first, is whose its text is.
+                yield segment._replace(message=0) if field == "system" else segment
         else:
             yield from _fill(self.question, place, content=content)
+
+
+def control_tokens(tokenizer: Any, stop: str) -> dict[str, Any]:
+    """Tokens that a template may write and a row's own text may not, each with its entry.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        stop: The template's stop token; it, and tokens with a role such as the end of text, are
+            control tokens whatever their entries say.
+    """
+    named = {stop, *tokenizer.all_special_tokens}
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    return {token.content: token for token in added if token.special or token.content in named}
+
+
+def control_pattern(names: Iterable[str]) -> re.Pattern[str] | None:
+    """Finds control tokens in a text, the longest at each place; None where there are none."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 @lru_cache(maxsize=256)
@@ -176,11 +202,17 @@ def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
 def _fill(
     text: str, message: int | None, is_answer: bool = False, **values: str
 ) -> Iterator[Segment]:
+    return (segment for segment, _ in _filled(text, message, is_answer, **values))
+
+
+def _filled(
+    text: str, message: int | None, is_answer: bool = False, **values: str
+) -> Iterator[tuple[Segment, str | None]]:
     for literal, field in _parts(text):
         if literal:
-            yield Segment(literal, is_answer, message)
+            yield Segment(literal, is_answer, message), None
         if field and values[field]:
-            yield Segment(values[field], is_answer, message, is_content=True)
+            yield Segment(values[field], is_answer, message, is_content=True), field
 
 
 FIELDS = {  # what the formats of a template may name
