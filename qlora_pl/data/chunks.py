@@ -13,7 +13,7 @@ import numpy as np
 from qlora_pl.data.audit import SHOWN, DataReport, Limits
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.encoding import EncodedExample, Encoder
-from qlora_pl.data.lengths import fit_to_length, needed_lengths
+from qlora_pl.data.lengths import fit_to_train, needed_lengths
 from qlora_pl.data.readers import Place
 from qlora_pl.data.row_store import EncodedChunk
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
@@ -109,8 +109,7 @@ class ChunkEncoder:
                 f"{place}: {length} tokens, more than data.max_length {max_length}. Raise it, or "
                 "set data.overlong: cut or drop."
             )
-        fitted = fit_to_length(example, max_length, overlong, self.encoder.stop_ids)
-        rows = [row for row in fitted if (row.is_answer & row.is_trained).any()]
+        rows = fit_to_train(example, max_length, overlong, self.encoder.stop_ids)
         num_trained = sum(row.num_trained for row in rows)
         report.num_lost_tokens += example.num_trained - num_trained
         report.num_trained_tokens += num_trained

@@ -31,12 +31,12 @@ from qlora_pl.data.batching import (
 )
 from qlora_pl.data.encoding import Encoder, TrainOn
 from qlora_pl.data.lengths import Overlong
-from qlora_pl.data.preparation import EncodedSplit, prepare_split
+from qlora_pl.data.preparation import EncodedSplit, ReadRows, prepare_split
 from qlora_pl.data.readers import hub_splits
 from qlora_pl.data.sources import NO_ROWS, RowSources
 from qlora_pl.data.template_loading import load_template
 from qlora_pl.data.tokenizer import load_tokenizer
-from qlora_pl.errors import CheckpointError, ConfigurationError
+from qlora_pl.errors import CheckpointError, ConfigurationError, QLoRAError
 from qlora_pl.files import cache_root
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,10 @@ class InstructionDataModule(LightningDataModule):
         self.max_val_samples = max_val_samples
         self.num_workers = num_workers
         self.splits: dict[str, EncodedSplit] = {}
+        self.read: dict[str, ReadRows] = {}
+        self._model: Mapping[str, Any] = {}  # where there is no trainer to ask
+        self._accumulation = 1
+        self._noted: list[str] | None = None
         self._resume_from = {"epoch": 0, "position": 0}
         if problems := self.problems():
             raise ConfigurationError(problems)
@@ -178,6 +182,29 @@ class InstructionDataModule(LightningDataModule):
         elif "val" not in self.splits:
             self._setup_fit()
 
+    def setup_alone(self, model: Mapping[str, Any], accumulation: int = 1) -> list[str]:
+        """``setup`` of a run without its trainer, going on where ``fit`` would not start.
+
+        Args:
+            model: ``model_name_or_path``, ``revision`` and ``cache_dir`` of the run's model.
+            accumulation: The run's ``trainer.accumulate_grad_batches``.
+
+        Returns:
+            Why ``fit`` would not start on these rows; empty: it would.
+
+        Raises:
+            QLoRAError: if not even the training rows can be read.
+        """
+        self._model, self._accumulation, self._noted = model, accumulation, []
+        try:
+            self.setup("fit")
+        except QLoRAError as error:
+            if not self.read:
+                raise
+            if len(self.read["data.sources"].split.rows):  # else it follows from what is noted
+                self._noted += str(error).splitlines()
+        return self._noted
+
     def _setup_fit(self) -> None:
         self._prepare_encoder()
         train = self._encode(self.sources, "data.sources")
@@ -213,7 +240,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _model_attribute(self, name: str) -> Any:
         module = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(module, name, None)
+        return getattr(module, name, self._model.get(name))
 
     def _encode(self, sources: RowSources, key: str) -> EncodedSplit:
         limits = Limits(
@@ -222,7 +249,10 @@ class InstructionDataModule(LightningDataModule):
             max_lost_ratio=self.max_lost_ratio,
         )
         folder = cache_root(self._model_attribute("cache_dir")) if self.cache else None
-        split = prepare_split(sources, self.encoder, limits, key, folder, self.encoding_processes)
+        split = prepare_split(
+            sources, self.encoder, limits, key, folder, self.encoding_processes, self._noted
+        )
+        self.read[key] = ReadRows(sources, split)
         logger.info("%s: %s", key, split.report)  # what was cut or dropped; parts do not know it
         return split
 
@@ -261,7 +291,8 @@ class InstructionDataModule(LightningDataModule):
         )
 
     def _training_layout(self) -> BatchLayout:
-        accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        trainer = self.trainer
+        accumulation = self._accumulation if trainer is None else trainer.accumulate_grad_batches
         return self._layout(self.batch_size, accumulation)
 
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -6,6 +6,7 @@ covers: pieces tokenised apart would put SentencePiece's leading space into a ro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -61,6 +62,15 @@ class EncodedExample(NamedTuple):
             is_answer=self.is_answer[chosen],
             weights=None if self.weights is None else self.weights[chosen],
         )
+
+
+class TracedExample(NamedTuple):
+    """A row of tokens with the text that it was made of."""
+
+    example: EncodedExample
+    text: str
+    spans: list[tuple[int, int]]
+    """First character and end of each token; tokens that were put before the text cover none."""
 
 
 class Encoder:
@@ -169,10 +179,15 @@ class Encoder:
             self._label(conversation, r, next(tokens))._replace(spells_control=spells_control)
             for r in renderings
         ]
+        return [examples[place] for place in self._kept(examples)]
+
+    def _kept(self, examples: Sequence[EncodedExample]) -> list[int]:
+        """Which rows of a conversation are trained on, by their places."""
+        places = range(len(examples))
         if self.train_on == "everything":  # of which rows that end earlier are the beginnings
-            return examples[-1:]
+            return list(places[-1:])
         # Answers that are rows of their own and weigh nothing
-        return examples if len(examples) == 1 else [e for e in examples if e.is_trained.any()]
+        return [p for p in places if len(examples) == 1 or examples[p].is_trained.any()]
 
     def _label(
         self, conversation: Conversation, rendering: Rendering, tokens: Tokens
@@ -245,6 +260,30 @@ class Encoder:
         first = rendering.segments[0]
         is_written = not first.is_content and first.text.startswith(self._bos_token or "\0")
         return [self._bos_id] if self._adds_bos and not is_written else []
+
+    # -- looking at rows ---------------------------------------------------------------------------
+
+    def trace(self, conversation: Conversation) -> list[TracedExample]:
+        """The rows of ``encode``, each with its text and the characters of its tokens."""
+        ((apart, renderings),) = self.render([conversation])
+        tokens = self._text_tokenizer.encode(renderings, [apart] * len(renderings))
+        examples = [
+            self._label(conversation, rendering, found)._replace(spells_control=apart)
+            for rendering, found in zip(renderings, tokens, strict=True)
+        ]
+        return [
+            TracedExample(
+                examples[place],
+                renderings[place].text,
+                [(0, 0)] * examples[place].num_bos + tokens[place].spans(),
+            )
+            for place in self._kept(examples)
+        ]
+
+    @property
+    def control_pattern(self) -> re.Pattern[str] | None:
+        """Finds what is a control token where the template writes it, and text where a row does."""
+        return self._text_tokenizer.control_pattern
 
     # -- prompts -----------------------------------------------------------------------------------
 

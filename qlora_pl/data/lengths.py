@@ -42,6 +42,14 @@ def fit_to_length(
     return []
 
 
+def fit_to_train(
+    example: EncodedExample, max_length: int, overlong: Overlong, stop_ids: Collection[int]
+) -> list[EncodedExample]:
+    """Those rows of ``fit_to_length`` of which something of an answer is trained."""
+    fitted = fit_to_length(example, max_length, overlong, stop_ids)
+    return [row for row in fitted if (row.is_answer & row.is_trained).any()]
+
+
 def num_removable(example: EncodedExample) -> int:
     """Tokens between BOS and the first trained token."""
     first = int(np.argmax(example.is_trained)) if example.is_trained.any() else example.num_bos

@@ -40,7 +40,7 @@ from qlora_pl.data.row_store import (
     open_rows,
 )
 from qlora_pl.data.sources import RowSources
-from qlora_pl.errors import TrainingStoppedError
+from qlora_pl.errors import ConfigurationError, TrainingStoppedError
 from qlora_pl.files import TEMPORARY_PREFIX, atomic_folder
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,13 @@ logger = logging.getLogger(__name__)
 CHUNKS_BEFORE_PROCESSES = 16
 """Chunks that are encoded here before processes are started, which takes longer than those do."""
 MAX_PROCESSES = 8
+
+
+class ReadRows(NamedTuple):
+    """What stands behind a key of the configuration, before it is split."""
+
+    sources: RowSources
+    split: EncodedSplit
 
 
 class EncodedSplit(NamedTuple):
@@ -178,6 +185,7 @@ def prepare_split(
     key: str,
     cache: Path | None = None,
     num_processes: int | None = 1,
+    noted: list[str] | None = None,
 ) -> EncodedSplit:
     """Read, encode and check every row, or take what an earlier run made of the same bytes.
 
@@ -188,6 +196,7 @@ def prepare_split(
         key: The configuration key of these sources, for errors.
         cache: The folder of earlier results; None: nothing is kept.
         num_processes: See ``encode_stream``.
+        noted: Where to write why the rows as a whole cannot be trained on, instead of raising it.
 
     Raises:
         DatasetFormatError: naming the first row that is not what its format says.
@@ -195,7 +204,12 @@ def prepare_split(
     """
     stored = _stored(sources, encoder, limits, cache, num_processes)
     report = DataReport(**stored.report)
-    check_split(report, stored.needed, limits, key, encoder.template.name)
+    try:
+        check_split(report, stored.needed, limits, key, encoder.template.name)
+    except ConfigurationError as error:
+        if noted is None:
+            raise
+        noted += error.problems
     return EncodedSplit(stored.rows, stored.places, stored.conversations, report)
 
 

@@ -30,6 +30,9 @@ class Tokens(Protocol):
     def begins_before(self, token: int, character: int) -> bool:
         """Whether a token covers characters before this one."""
 
+    def spans(self) -> list[tuple[int, int]]:
+        """First character and end of each token; tokens that share a character all cover it."""
+
 
 class WholeText:
     """A text that was tokenised in one pass."""
@@ -52,6 +55,10 @@ class WholeText:
         span = self._encoding.token_to_chars(token)
         return span is not None and span[0] < character
 
+    def spans(self) -> list[tuple[int, int]]:
+        """See ``Tokens``."""
+        return list(self._encoding.offsets)
+
 
 class PiecedText:
     """A text that was tokenised in pieces, one after another."""
@@ -60,11 +67,15 @@ class PiecedText:
         self.ids: list[int] = []
         self._starts: list[int] = []
         self._pieces: list[tuple[int, WholeText | None]] = []
+        self._spans: list[tuple[int, int]] = []
 
-    def append(self, start: int, ids: Sequence[int], text: WholeText | None = None) -> None:
-        """Add a piece that begins at this character; None: a control token."""
+    def append(self, start: int, end: int, ids: Sequence[int], text: WholeText | None) -> None:
+        """Add a piece that covers these characters; None: a control token."""
         self._starts.append(start)
         self._pieces.append((len(self.ids), text))
+        self._spans += (
+            [(start, end)] if text is None else [(start + a, start + b) for a, b in text.spans()]
+        )
         self.ids.extend(ids)
 
     def token_at(self, character: int) -> int:
@@ -86,6 +97,10 @@ class PiecedText:
             return False
         return text.begins_before(token - first, character - self._starts[place])
 
+    def spans(self) -> list[tuple[int, int]]:
+        """See ``Tokens``."""
+        return self._spans
+
 
 class TextTokenizer:
     """Tokenises renderings.
@@ -100,7 +115,7 @@ class TextTokenizer:
         self._control = {token.content: token for token in added if token.special}
         self._control |= {token.content: token for token in added if token.content == stop}
         names = sorted(self._control, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
+        self.control_pattern = re.compile("|".join(map(re.escape, names))) if names else None
         self._firsts = {name[0] for name in names}
         self._id_of = tokenizer.convert_tokens_to_ids
         self._source = tokenizer.backend_tokenizer.to_str()
@@ -153,9 +168,9 @@ class TextTokenizer:
         )
 
     def _spells(self, text: str) -> bool:
-        if self._pattern is None or not any(first in text for first in self._firsts):
+        if self.control_pattern is None or not any(first in text for first in self._firsts):
             return False
-        return self._pattern.search(text) is not None
+        return self.control_pattern.search(text) is not None
 
     def encode(self, renderings: Sequence[Rendering], spells: Sequence[bool]) -> list[Tokens]:
         """Tokenise rows, those that spell a control token in pieces.
@@ -187,7 +202,7 @@ class TextTokenizer:
             self._append_text(tokens, start + num_swallowed, shown[num_swallowed:])
             start += len(stretch)
             if entry is not None:
-                tokens.append(start, [self._id_of(text)])
+                tokens.append(start, start + len(text), [self._id_of(text)], None)
                 swallows = entry.rstrip
             start += len(text)
             stretch = ""
@@ -198,17 +213,17 @@ class TextTokenizer:
             return
         backend = self._later_backend if tokens.ids else self._plain_backend
         piece = WholeText(backend.encode(text, add_special_tokens=False))
-        tokens.append(start, piece.ids, piece)
+        tokens.append(start, start + len(text), piece.ids, piece)
 
     def _stretches(self, segments: Sequence[Segment]) -> Iterator[tuple[str, bool]]:
         """Ordinary text and the template's control tokens, in order."""
-        assert self._pattern is not None
+        assert self.control_pattern is not None
         for segment in segments:
             if segment.is_content:
                 yield segment.text, False
                 continue
             start = 0
-            for found in self._pattern.finditer(segment.text):
+            for found in self.control_pattern.finditer(segment.text):
                 yield segment.text[start : found.start()], False
                 yield found.group(), True
                 start = found.end()

@@ -1,0 +1,191 @@
+"""Every number of the page, in plain types: what ``--json`` prints and what the page is made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qlora_pl import __version__
+from qlora_pl.data.audit import DataReport
+from qlora_pl.data.preparation import EncodedSplit
+from qlora_pl.data.readers import Place
+from qlora_pl.inspection.duplicates import alike, same
+from qlora_pl.inspection.first_batch import BatchPicture, first_batch
+from qlora_pl.inspection.odd_rows import OddKind, find_odd_rows
+from qlora_pl.inspection.policies import PolicyLosses, policy_losses
+from qlora_pl.inspection.repetition import Overlap, Repetition, overlap, repetition, within
+from qlora_pl.inspection.run_data import TRAIN, Documents, RunData, whole_documents
+from qlora_pl.inspection.wording import count_letters, prompt_wording, wording
+
+PERCENTILES = (50, 90, 95, 99, 100)
+NUM_BINS = 60
+
+
+class SourceNumbers(NamedTuple):
+    """What one file or dataset gave."""
+
+    key: str
+    """The configuration key that names it."""
+    source: str
+    format: str
+    num_rows: int
+    """Rows that can be trained on, before ``data.max_length``."""
+    num_kept: int
+    """Rows that the run keeps; a row of the source may become several."""
+
+
+class SplitNumbers(NamedTuple):
+    """What a run trains or validates on."""
+
+    num_rows: int
+    num_tokens: int
+    num_trained_tokens: int
+    longest: int
+
+
+class Lengths(NamedTuple):
+    """Tokens of the rows before ``data.max_length``."""
+
+    edges: list[int]
+    """Of the bins: bin i counts lengths from ``edges[i]`` to ``edges[i + 1] - 1``."""
+    counts: list[int]
+    percentiles: dict[str, int]
+    num_too_long: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataNumbers:
+    """All that is told about the data of a run."""
+
+    run: str
+    version: str
+    problems: list[str]
+    settings: dict[str, Any]
+    sources: list[SourceNumbers]
+    reports: dict[str, DataReport]
+    splits: dict[str, SplitNumbers]
+    lengths: Lengths
+    policies: list[PolicyLosses]
+    exact: Repetition
+    similar: Repetition
+    overlap: Overlap | None
+    odd: list[OddKind]
+    letters: dict[str, int]
+    batch: BatchPicture | None
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    """A named tuple as a mapping, and all that is in it."""
+    if isinstance(value, DataReport):
+        return asdict(value)
+    if isinstance(value, Place):
+        return str(value)
+    if hasattr(value, "_asdict"):
+        return {name: _plain(inner) for name, inner in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def measure(run: RunData) -> tuple[DataNumbers, dict[str, Documents]]:
+    """All numbers of a run's data, and the conversations that they were taken from."""
+    documents = whole_documents(run)
+    conversations = [c for some in documents.values() for _, c in some]
+    places = [place for some in documents.values() for place in some.places]
+    texts = [wording(c) for c in conversations]
+    num_train = len(documents["train"])
+    exact = same([(c.messages, c.is_plain_text) for c in conversations[:num_train]])
+    similar = alike(texts)
+    prompts = [prompt_wording(c) for c in conversations]
+    numbers = DataNumbers(
+        run=run.name,
+        version=__version__,
+        problems=run.problems,
+        settings=_settings(run),
+        sources=_sources(run),
+        reports={key: read.split.report for key, read in run.data.read.items()},
+        splits={name: _split(split) for name, split in run.data.splits.items()},
+        lengths=_lengths(run.whole[TRAIN], run.data.max_length),
+        policies=policy_losses(run.whole[TRAIN], run.data.encoder, run.limits),
+        exact=repetition(exact, texts, places),
+        similar=repetition(within(similar, num_train), texts, places),
+        overlap=(
+            overlap(texts, prompts, similar, num_train, places) if "val" in documents else None
+        ),
+        odd=find_odd_rows(
+            zip(places, conversations, strict=True), run.data.encoder.control_pattern
+        ),
+        letters=count_letters(
+            text for c in conversations for m in c.messages for text in (m.content, m.context)
+        ),
+        batch=first_batch(run.data),
+    )
+    return numbers, documents
+
+
+# -- what was read ---------------------------------------------------------------------------------
+
+
+def _settings(run: RunData) -> dict[str, Any]:
+    data = run.data
+    encoder, tokenizer = data.encoder, data.tokenizer
+    stops = {tokenizer.convert_ids_to_tokens(i): i for i in sorted(encoder.stop_ids)}
+    first = encoder.encode([run.whole[TRAIN].conversations[0]]) if len(run.whole[TRAIN].rows) else []
+    return {
+        "template": data.template.name,
+        "tokenizer": str(tokenizer.name_or_path),
+        "vocabulary": len(tokenizer),
+        "stop tokens": stops,
+        "BOS token": {tokenizer.bos_token: tokenizer.bos_token_id},
+        "tokens put before the text": first[0][0].num_bos if first else 0,
+        "padding token": {tokenizer.pad_token: tokenizer.pad_token_id},
+        "data.max_length": data.max_length,
+        "data.overlong": data.overlong,
+        "data.max_lost_ratio": data.max_lost_ratio,
+        "data.train_on": data.train_on,
+        "data.append_eos": data.append_eos,
+        "data.batch_size": data.batch_size,
+        "data.group_by_length": data.group_by_length,
+    }
+
+
+def _sources(run: RunData) -> list[SourceNumbers]:
+    lines = []
+    for key, (_, split) in run.data.read.items():
+        whole = Counter(place.source for place in Documents(run.whole[key]).places)
+        kept = Counter(place.source for place in split.places)
+        for source, count in whole.items():
+            format = split.report.formats.get(source, "")
+            lines.append(SourceNumbers(key, source, format, count, kept[source]))
+    return lines
+
+
+def _split(split: EncodedSplit) -> SplitNumbers:
+    report = split.report
+    return SplitNumbers(
+        report.num_rows, report.num_tokens, report.num_trained_tokens, report.longest
+    )
+
+
+def _lengths(whole: EncodedSplit, max_length: int) -> Lengths:
+    lengths = whole.rows.lengths
+    if not len(lengths):
+        return Lengths([0, 1], [0], {}, 0)
+    width = -(-(int(lengths.max()) + 1) // NUM_BINS)
+    edges = np.arange(0, int(lengths.max()) + width + 1, width)
+    counts = np.histogram(lengths, edges)[0]
+    percentiles = {
+        str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in PERCENTILES
+    }
+    too_long = int((lengths > max_length).sum())
+    return Lengths(edges.tolist(), counts.tolist(), percentiles, too_long)

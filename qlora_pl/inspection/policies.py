@@ -1,0 +1,106 @@
+"""What each ``data.overlong`` would take away at a run's ``max_length``, and which length would do.
+
+Long rows are encoded once more and fitted by the code that fits them for training, so the losses
+are exact; the length that keeps within the budget follows from where each trained token stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, get_args
+
+import numpy as np
+
+from qlora_pl.data.audit import Limits, sufficient_length
+from qlora_pl.data.encoded_rows import EncodedRows
+from qlora_pl.data.encoding import TOKENIZER_CHUNK, EncodedExample, Encoder
+from qlora_pl.data.lengths import Overlong, fit_to_train
+from qlora_pl.data.preparation import EncodedSplit
+
+POLICIES: tuple[Overlong, ...] = tuple(p for p in get_args(Overlong) if p != "error")
+ROWS_AT_A_TIME = 4096
+
+
+class PolicyLosses(NamedTuple):
+    """What one way with long rows would come to."""
+
+    overlong: Overlong
+    num_lost_tokens: int
+    """Trained tokens."""
+    lost_ratio: float
+    """Of all trained tokens, those of short rows included."""
+    num_left_out: int
+    """Long rows of which nothing is left to train on."""
+    num_endless: int
+    """Rows that are left of the long ones, without a stop token at their end."""
+    sufficient_length: int | None
+    """The smallest ``max_length`` within the budget; None: any would do."""
+    is_chosen: bool
+
+
+def policy_losses(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> list[PolicyLosses]:
+    """One line for each policy that leaves something out.
+
+    Args:
+        whole: Every row before it is cut.
+        encoder: What made the rows.
+        limits: Those of the run.
+    """
+    num_trained = int(whole.rows.num_trained.sum())
+    long_examples = list(_long_examples(whole, encoder, limits.max_length))
+    num_bos = _num_bos(whole, encoder)
+    lines = []
+    for policy in POLICIES:
+        lost = left_out = endless = 0
+        for example in long_examples:
+            rows = fit_to_train(example, limits.max_length, policy, encoder.stop_ids)
+            lost += example.num_trained - sum(row.num_trained for row in rows)
+            left_out += not rows
+            endless += sum(not _ends_in_stop(row, encoder) for row in rows)
+        needed = _needed(whole.rows, policy, num_bos)
+        enough = None if needed is None else sufficient_length(needed, limits.max_lost_ratio)
+        ratio = lost / num_trained if num_trained else 0.0
+        is_chosen = policy == limits.overlong
+        lines.append(PolicyLosses(policy, lost, ratio, left_out, endless, enough, is_chosen))
+    return lines
+
+
+def _long_examples(
+    whole: EncodedSplit, encoder: Encoder, max_length: int
+) -> Iterator[EncodedExample]:
+    long_rows = np.flatnonzero(whole.rows.lengths > max_length)
+    some = whole.select(long_rows).conversations.each()
+    for start in range(0, len(some), TOKENIZER_CHUNK):
+        for examples in encoder.encode(list(some[start : start + TOKENIZER_CHUNK])):
+            yield from (e for e in examples if len(e.input_ids) > max_length)
+
+
+def _ends_in_stop(row: EncodedExample, encoder: Encoder) -> bool:
+    trained = np.flatnonzero(row.is_trained)
+    return int(row.input_ids[trained[-1]]) in encoder.stop_ids
+
+
+def _num_bos(whole: EncodedSplit, encoder: Encoder) -> int:
+    """Tokens before the text of a row; a template's rows all have as many."""
+    if not len(whole.rows):
+        return 0
+    return encoder.encode([whole.conversations[0]])[0][0].num_bos
+
+
+def _needed(rows: EncodedRows, policy: Overlong, num_bos: int) -> np.ndarray | None:
+    """How many trained tokens need each ``max_length`` to be kept; None: no token needs any."""
+    if policy == "split":
+        return None
+    needed = np.zeros(int(rows.lengths.max(initial=0)) + 1, np.int64)
+    if policy == "drop":
+        return needed + np.bincount(rows.lengths, rows.num_trained, len(needed)).astype(np.int64)
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        some = rows.select(range(start, min(start + ROWS_AT_A_TIME, len(rows)))).compact()
+        row_of = np.repeat(np.arange(len(some)), some.lengths)[some.is_trained]
+        places = np.flatnonzero(some.is_trained) - some.starts[row_of]
+        if policy == "cut_prompt":
+            first = np.zeros(len(some), np.int64)
+            first[row_of[::-1]] = places[::-1]  # the last one written is a row's first
+            places = places - np.maximum(first - num_bos, 0)[row_of]
+        needed += np.bincount(places + 1, minlength=len(needed))
+    return needed
