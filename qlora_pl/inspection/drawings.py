@@ -78,9 +78,7 @@ def batch_drawing(batch: BatchPicture) -> str:
                 f'y2="{y + LINE_HEIGHT - 2}"/>'
             )
         if number % 8 == 0:
-            parts.append(
-                f'<text x="{LEFT - 6}" y="{y + 10}" text-anchor="end">{number + 1}</text>'
-            )
+            parts.append(f'<text x="{LEFT - 6}" y="{y + 10}" text-anchor="end">{number + 1}</text>')
     for tick in _ticks(batch.width):
         x = LEFT + tick * across
         parts.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{tick:,}</text>')

@@ -39,7 +39,7 @@ class SourceNumbers(NamedTuple):
 
 
 class SplitNumbers(NamedTuple):
-    """What a run trains or validates on."""
+    """What a run trains or validates on, after all that is cut or left out."""
 
     num_rows: int
     num_tokens: int
@@ -140,7 +140,9 @@ def _settings(run: RunData) -> dict[str, Any]:
     data = run.data
     encoder, tokenizer = data.encoder, data.tokenizer
     stops = {tokenizer.convert_ids_to_tokens(i): i for i in sorted(encoder.stop_ids)}
-    first = encoder.encode([run.whole[TRAIN].conversations[0]]) if len(run.whole[TRAIN].rows) else []
+    first = (
+        encoder.encode([run.whole[TRAIN].conversations[0]]) if len(run.whole[TRAIN].rows) else []
+    )
     return {
         "template": data.template.name,
         "tokenizer": str(tokenizer.name_or_path),
@@ -171,10 +173,9 @@ def _sources(run: RunData) -> list[SourceNumbers]:
 
 
 def _split(split: EncodedSplit) -> SplitNumbers:
-    report = split.report
-    return SplitNumbers(
-        report.num_rows, report.num_tokens, report.num_trained_tokens, report.longest
-    )
+    rows = split.rows
+    tokens, trained = int(rows.lengths.sum()), int(rows.num_trained.sum())
+    return SplitNumbers(len(rows), tokens, trained, int(rows.lengths.max(initial=0)))
 
 
 def _lengths(whole: EncodedSplit, max_length: int) -> Lengths:

@@ -144,6 +144,8 @@ def find_odd_rows(
             if len(examples[name]) < SHOWN:
                 examples[name].append((place, found))
     found_kinds = [
-        OddKind(name, kinds[name][0], counts[name], examples[name]) for name in kinds if counts[name]
+        OddKind(name, kinds[name][0], counts[name], examples[name])
+        for name in kinds
+        if counts[name]
     ]
     return sorted(found_kinds, key=lambda kind: -kind.num_rows)

@@ -62,11 +62,15 @@ class Overlap(NamedTuple):
 
 def within(groups: Sequence[Group], num_train: int) -> list[Group]:
     """What is left of groups when rows from this one on are taken out."""
-    inside = [group._replace(members=[m for m in group.members if m < num_train]) for group in groups]
+    inside = [
+        group._replace(members=[m for m in group.members if m < num_train]) for group in groups
+    ]
     return [group for group in inside if len(group.members) > 1]
 
 
-def repetition(groups: Sequence[Group], texts: Sequence[str], places: Sequence[Place]) -> Repetition:
+def repetition(
+    groups: Sequence[Group], texts: Sequence[str], places: Sequence[Place]
+) -> Repetition:
     """Groups in numbers, the largest by name."""
     largest = sorted(groups, key=lambda group: -len(group.members))[:SHOWN]
     named = [

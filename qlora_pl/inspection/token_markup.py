@@ -14,8 +14,10 @@ from qlora_pl.inspection.traced_rows import ShownRow, ShownToken
 
 FIRST_SHOWN, LAST_SHOWN = 2000, 400
 """Tokens of a longer row that are shown; the page says how many are not."""
-MARKED = re.compile(r"[ \t\n]")
+MARKED = re.compile("[ \\t\\n\\r\\0]")
 MARKS = {
+    "\r": '<u class="return"></u>&#13;',  # a bare one would be read as the end of a line
+    "\0": '<u class="unseen" data-name="NUL"></u>',  # which HTML cannot hold
     " ": '<u class="space"> </u>',
     "\t": '<u class="tab">\t</u>',
     "\n": '<u class="line"></u>\n',

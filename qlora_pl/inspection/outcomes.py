@@ -1,0 +1,88 @@
+"""What became of the rows, in words: for the page, and in short for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_pl.data.audit import DataReport
+from qlora_pl.inspection.numbers import DataNumbers
+
+
+def outcomes(report: DataReport) -> list[str]:
+    """One line for each thing that happened to rows on their way; empty if all are kept whole."""
+    told = {
+        "rows were bad and are skipped": report.num_skipped,
+        "rows are cut": report.num_cut,
+        "rows are split into pieces": report.num_split,
+        "rows are left out": report.num_dropped,
+        "of these have no trained token": report.num_untrained,
+        "conversations became a row for each answer": report.num_unrolled,
+        "trained tokens do not fit into data.max_length": report.num_lost_tokens,
+        "answers do not end in a stop token that is trained": report.num_unstopped,
+        "tokens cover the end of a prompt and the start of its answer at once": (
+            report.num_straddling
+        ),
+        "messages lost spaces at an end to the template": report.num_trimmed,
+        "rows spell a control token, which is trained as text": report.num_spelling_control,
+    }
+    lines = [f"{count:,} {what}" for what, count in told.items() if count]
+    lines += [f"skipped: {row}" for row in report.skipped]
+    return [*lines, *(f"without a trained token: {place}" for place in report.untrained)]
+
+
+def summary(numbers: DataNumbers) -> str:
+    """A dozen lines for the terminal."""
+    return "\n".join(_lines(numbers))
+
+
+def _lines(numbers: DataNumbers) -> Iterator[str]:
+    for source in numbers.sources:
+        kept = f", {source.num_kept:,} kept" if source.num_kept != source.num_rows else ""
+        yield f"{source.key}: {source.source}: {source.num_rows:,} rows{kept}, {source.format}"
+    for key, report in numbers.reports.items():
+        for line in outcomes(report):
+            yield f"{key}: {line}"
+    for name, split in numbers.splits.items():
+        yield (
+            f"{name}: {split.num_rows:,} rows, {split.num_tokens:,} tokens, "
+            f"{split.num_trained_tokens:,} of them trained; longest row {split.longest:,}"
+        )
+    settings = numbers.settings
+    stops = ", ".join(settings["stop tokens"])
+    yield f"template {settings['template']}; answers stop at {stops}"
+    yield from _length_lines(numbers)
+    yield from _repetition_lines(numbers)
+    for kind in numbers.odd:
+        yield f"odd: {kind.num_rows:,} rows, {kind.name} (first: {kind.examples[0][0]})"
+
+
+def _length_lines(numbers: DataNumbers) -> Iterator[str]:
+    max_length, budget = (
+        numbers.settings["data.max_length"],
+        numbers.settings["data.max_lost_ratio"],
+    )
+    if not numbers.lengths.num_too_long:
+        yield f"lengths: no training row is longer than data.max_length {max_length:,}"
+        return
+    lost = ", ".join(f"{p.overlong} {p.lost_ratio:.2%}" for p in numbers.policies)
+    yield (
+        f"lengths: {numbers.lengths.num_too_long:,} training rows are longer than data.max_length "
+        f"{max_length:,}; trained tokens lost to each data.overlong: {lost}"
+    )
+    enough = next((p.sufficient_length for p in numbers.policies if p.is_chosen), None)
+    if enough is not None:
+        yield f"lengths: data.max_length {enough:,} loses no more than {budget:.1%}"
+
+
+def _repetition_lines(numbers: DataNumbers) -> Iterator[str]:
+    exact, similar, overlap = numbers.exact, numbers.similar, numbers.overlap
+    yield (
+        f"duplicates: {exact.num_rows:,} training rows in {exact.num_groups:,} groups of exact "
+        f"ones, {similar.num_rows:,} in {similar.num_groups:,} groups of near ones"
+    )
+    if overlap is not None:
+        yield (
+            f"overlap: of {overlap.num_val:,} validation rows {overlap.num_same_row:,} are a "
+            f"training row, {overlap.num_similar_row:,} are one or nearly, "
+            f"{overlap.num_same_prompt:,} have a training row's prompt"
+        )
