@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_pl.data.lengths import Overlong
+from qlora_pl.data.lengths import Limits
+from qlora_pl.data.normalizing import ReadingReport
 from qlora_pl.errors import ConfigurationError
 
 SHOWN = 20
@@ -31,6 +32,8 @@ class DataReport:
     """Rows that are not what their format says (with ``on_error: skip``)."""
     skipped: list[str] = field(default_factory=list)
     """The first of them, with the reason."""
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Messages of trees that are in no conversation, by source and reason."""
     num_unrolled: int = 0
     """Conversations of which every answer became a row of its own."""
     num_split: int = 0
@@ -74,6 +77,14 @@ class DataReport:
             elif isinstance(mine, list):
                 setattr(self, item.name, [*mine, *theirs][:SHOWN])
 
+    def add_reading(self, reading: ReadingReport) -> None:
+        """Count what was read, and what was no row."""
+        self.formats = dict(reading.formats)
+        self.rows_by_source = dict(reading.num_rows)
+        self.num_skipped += sum(reading.num_skipped.values())
+        self.skipped = [*(str(row) for row in reading.skipped), *self.skipped][:SHOWN]
+        self.left_out = {source: dict(counts) for source, counts in reading.left_out.items()}
+
     def to_plain(self) -> dict[str, Any]:
         """In plain types, for JSON."""
         return asdict(self)
@@ -95,20 +106,16 @@ class DataReport:
             "rows spell a control token, kept as text": self.num_spelling_control,
         }
         text += "".join(f"; {count:,} {what}" for what, count in told.items() if count)
+        for source, counts in self.left_out.items():
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+            text += f"; {source}: messages left out: {reasons}" if reasons else ""
+        if self.skipped:
+            text += f"; skipped: {'; '.join(self.skipped)}"
         if self.untrained:
             more = self.num_untrained - len(self.untrained)
             text += f"; without a trained token: {'; '.join(self.untrained)}"
             text += f" and {more:,} more" if more else ""
         return text
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How long rows may be, and how much may be lost to that."""
-
-    max_length: int = 512
-    overlong: Overlong = "cut"
-    max_lost_ratio: float = 0.01
 
 
 def check_split(
@@ -129,7 +136,7 @@ def check_split(
     """
     if report.num_rows == 0:
         reason = (
-            f"no answer fits into data.max_length {limits.max_length} (the longest row has "
+            f"no answer fits into {limits.answer_key} {limits.answer_limit} (the longest row has "
             f"{report.longest} tokens)"
             if report.num_dropped
             else "there are no rows"
@@ -138,10 +145,10 @@ def check_split(
     if report.lost_ratio > limits.max_lost_ratio:
         enough = sufficient_length(needed, limits.max_lost_ratio)
         raise ConfigurationError(
-            f"{key}: data.max_length {limits.max_length} takes away {report.lost_ratio:.1%} of "
-            f"the trained tokens, data.max_lost_ratio allows {limits.max_lost_ratio:.1%}; "
-            f"data.max_length {enough} would keep within it (the longest row has {report.longest} "
-            "tokens)."
+            f"{key}: {limits.answer_key} {limits.answer_limit} takes away "
+            f"{report.lost_ratio:.1%} of the trained tokens, data.max_lost_ratio allows "
+            f"{limits.max_lost_ratio:.1%}; {limits.answer_key} {enough} would keep within it (the "
+            f"longest row has {report.longest} tokens)."
         )
     if report.num_unstopped:
         answers = "answer does" if report.num_unstopped == 1 else "answers do"

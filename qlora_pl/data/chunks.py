@@ -10,15 +10,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_pl.data.audit import SHOWN, DataReport, Limits
+from qlora_pl.data.audit import SHOWN, DataReport
 from qlora_pl.data.conversation import Conversation
-from qlora_pl.data.encoding import EncodedExample, Encoder
-from qlora_pl.data.lengths import fit_to_train, needed_lengths
-from qlora_pl.data.readers import Place
+from qlora_pl.data.encoded_example import EncodedExample
+from qlora_pl.data.encoding import Encoder
+from qlora_pl.data.lengths import Limits
+from qlora_pl.data.places import Place
 from qlora_pl.data.row_store import EncodedChunk
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 
-Read = tuple[Place, Conversation]
+Read = tuple[Place, Conversation, int]
+"""A conversation, its place, and the number of its source."""
+
+
+def trained_rows(fitted: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """Those of the rows that are left of an example of which something of an answer is trained."""
+    return [row for row in fitted if (row.is_answer & row.is_trained).any()]
 
 
 class ChunkResult(NamedTuple):
@@ -44,7 +51,7 @@ class ChunkEncoder:
         self.limits = limits
         self.skips = skips
 
-    def __call__(self, chunk: Sequence[Read], source_numbers: Sequence[int]) -> ChunkResult:
+    def __call__(self, chunk: Sequence[Read], origin_numbers: Sequence[int]) -> ChunkResult:
         """Encode, fit and count.
 
         Raises:
@@ -56,18 +63,18 @@ class ChunkEncoder:
         conversations: list[Conversation] = []
         needed: list[np.ndarray] = []
         encoded = self._encode(chunk, report)
-        for (place, conversation), source, examples in zip(
-            chunk, source_numbers, encoded, strict=True
+        for (place, conversation, _), origin, examples in zip(
+            chunk, origin_numbers, encoded, strict=True
         ):
             rows = []
             for example in examples:
-                needed.append(needed_lengths(example, self.limits.overlong))
+                needed.append(self.encoder.needed(example, self.limits))
                 rows += self._fit(example, place, report)
             report.num_unrolled += len(examples) > 1
             if rows:
                 has_parts = len(rows) > 1
                 origins += [
-                    (source, place.row, part if has_parts else 0, len(conversations))
+                    (origin, place.row, part if has_parts else 0, len(conversations))
                     for part in range(1, len(rows) + 1)
                 ]
                 kept += rows
@@ -81,11 +88,11 @@ class ChunkEncoder:
 
     def _encode(self, chunk: Sequence[Read], report: DataReport) -> list[list[EncodedExample]]:
         try:
-            return self.encoder.encode([conversation for _, conversation in chunk])
+            return self.encoder.encode([conversation for _, conversation, _ in chunk])
         except ConfigurationError:
             pass
         encoded: list[list[EncodedExample]] = []
-        for place, conversation in chunk:  # once more, one by one, to name the row
+        for place, conversation, _ in chunk:  # once more, one by one, to name the row
             try:
                 encoded += self.encoder.encode([conversation])
             except ConfigurationError as error:
@@ -100,16 +107,17 @@ class ChunkEncoder:
         self, example: EncodedExample, place: Place, report: DataReport
     ) -> list[EncodedExample]:
         """The rows that are kept of an example, counted."""
-        max_length, overlong = self.limits.max_length, self.limits.overlong
+        overlong = self.limits.overlong
         length = len(example.input_ids)
-        is_long = length > max_length
+        fitted = self.encoder.fit(example, self.limits)
+        is_long = len(fitted) != 1 or len(fitted[0].input_ids) != length
         report.longest = max(report.longest, length)
         if is_long and overlong == "error":
             raise DatasetFormatError(
-                f"{place}: {length} tokens, more than data.max_length {max_length}. Raise it, or "
+                f"{place}: {length} tokens, more than {self.limits}. Raise it, or "
                 "set data.overlong: cut or drop."
             )
-        rows = fit_to_train(example, max_length, overlong, self.encoder.stop_ids)
+        rows = trained_rows(fitted)
         num_trained = sum(row.num_trained for row in rows)
         report.num_lost_tokens += example.num_trained - num_trained
         report.num_trained_tokens += num_trained

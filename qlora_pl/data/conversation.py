@@ -66,9 +66,13 @@ class Conversation:
         for place, message in enumerate(self.messages):
             if message.role == "system" and place == 0:
                 continue
+            if message.role == "system":
+                return f"message {place + 1} is from 'system', which only the first may be"
             if message.role != expected:
                 return f"message {place + 1} is from '{message.role}', expected '{expected}'"
             if message.role == "assistant" and not message.content.strip():
                 return f"its answer (message {place + 1}) is empty"
             expected = "assistant" if expected == "user" else "user"
+        if not any(message.weight for message in self.messages if message.role == "assistant"):
+            return "every answer has weight 0, so there is nothing to learn"
         return None

@@ -19,7 +19,6 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.data.audit import Limits
 from qlora_pl.data.batching import (
     BatchLayout,
     EvaluationBatches,
@@ -29,11 +28,13 @@ from qlora_pl.data.batching import (
     TrainingBatches,
     keyed_generator,
 )
-from qlora_pl.data.encoding import Encoder, TrainOn
-from qlora_pl.data.lengths import Overlong
+from qlora_pl.data.encoder_choice import Encoding, choose_encoder
+from qlora_pl.data.encoding import TrainOn
+from qlora_pl.data.lengths import Limits, Overlong
 from qlora_pl.data.preparation import EncodedSplit, ReadRows, prepare_split
 from qlora_pl.data.readers import hub_splits
 from qlora_pl.data.sources import NO_ROWS, RowSources
+from qlora_pl.data.stop_tokens import check_stop_token, known_stop_tokens
 from qlora_pl.data.template_loading import load_template
 from qlora_pl.data.tokenizer import load_tokenizer
 from qlora_pl.errors import CheckpointError, ConfigurationError, QLoRAError
@@ -58,6 +59,10 @@ class InstructionDataModule(LightningDataModule):
             file of Jinja, or a mapping: ``{jinja: TEXT}`` or the fields of ``TextTemplate``.
         tokenizer: Hub name or folder; None: the model's.
         max_length: Tokens that a row may have, prompt, answers and special tokens together.
+        max_target_length: Tokens that an answer may have where it has a limit of its own (with
+            ``encoding: original``), which leaves ``max_length`` to what comes before it.
+        encoding: ``spans``: the text is tokenised as a whole. ``original``: prompt and answer are
+            tokenised and cut apart, as qlora.py does; for reproducing its numbers.
         overlong: What happens to a longer row: ``cut`` on the right, ``cut_keep_stop`` (the same,
             but the answer keeps its stop token), ``cut_prompt`` (on the left, then on the right),
             ``split`` into pieces, ``drop``, or ``error``.
@@ -91,6 +96,8 @@ class InstructionDataModule(LightningDataModule):
         template: str | dict[str, str] = "auto",
         tokenizer: str | None = None,
         max_length: int = 512,
+        max_target_length: int | None = None,
+        encoding: Encoding = "spans",
         overlong: Overlong = "cut",
         max_lost_ratio: float = 0.01,
         train_on: TrainOn = "answers",
@@ -114,6 +121,8 @@ class InstructionDataModule(LightningDataModule):
         self.chosen_template = template
         self.tokenizer_name = tokenizer
         self.max_length = max_length
+        self.max_target_length = max_target_length
+        self.encoding: Encoding = encoding
         self.overlong = overlong
         self.max_lost_ratio = max_lost_ratio
         self.train_on: TrainOn = train_on
@@ -236,25 +245,69 @@ class InstructionDataModule(LightningDataModule):
         revision = self._model_attribute("revision") if is_the_models else None
         self.tokenizer = load_tokenizer(name, revision, self._model_attribute("cache_dir"))
         self.template = load_template(self.chosen_template, self.tokenizer)
-        self.encoder = Encoder(self.template, self.tokenizer, self.train_on, self.append_eos)
+        self.encoder = choose_encoder(
+            self.encoding,
+            self.template,
+            self.tokenizer,
+            self.train_on,
+            self.append_eos,
+            self.max_target_length,
+        )
+        self._check_stop_token(name, revision)
+
+    def _check_stop_token(self, tokenizer: str, revision: str | None) -> None:
+        base = self._model_attribute("model_name_or_path") or tokenizer
+        is_trained_whole = getattr(self._model_attribute("lora"), "method", "") == "none"
+        if not is_trained_whole:
+            known = known_stop_tokens(
+                self.tokenizer,
+                base,
+                revision,
+                self._model_attribute("cache_dir"),
+                grows=bool(self._model_attribute("grow_vocabulary")),
+            )
+            trained = getattr(self._model_attribute("lora"), "trainable_tokens", ())
+            check_stop_token(self.template, self.tokenizer, base, known, trained)
 
     def _model_attribute(self, name: str) -> Any:
         module = self.trainer.lightning_module if self.trainer is not None else None
         return getattr(module, name, self._model.get(name))
 
-    def _encode(self, sources: RowSources, key: str) -> EncodedSplit:
-        limits = Limits(
+    @property
+    def limits(self) -> Limits:
+        """How long rows may be, and how much may be lost to that."""
+        return Limits(
             max_length=self.max_length,
+            max_target_length=self.max_target_length,
             overlong=self.overlong,
             max_lost_ratio=self.max_lost_ratio,
         )
-        folder = cache_root(self._model_attribute("cache_dir")) if self.cache else None
-        split = prepare_split(
-            sources, self.encoder, limits, key, folder, self.encoding_processes, self._noted
+
+    def whole_rows(self, key: str) -> EncodedSplit:
+        """Every row that was read for a key, as it is before anything is cut or left out."""
+        sources, split = self.read[key]
+        report, longest = split.report, split.report.longest
+        if not (report.num_cut or report.num_split or report.num_dropped):
+            return split
+        limits = Limits(
+            max_length=longest,
+            max_target_length=None if self.max_target_length is None else longest,
+            max_lost_ratio=1.0,
         )
+        return self._prepare(sources, key, limits, noted=[])
+
+    def _encode(self, sources: RowSources, key: str) -> EncodedSplit:
+        split = self._prepare(sources, key, self.limits, self._noted)
         self.read[key] = ReadRows(sources, split)
         logger.info("%s: %s", key, split.report)  # what was cut or dropped; parts do not know it
         return split
+
+    def _prepare(
+        self, sources: RowSources, key: str, limits: Limits, noted: list[str] | None
+    ) -> EncodedSplit:
+        folder = cache_root(self._model_attribute("cache_dir")) if self.cache else None
+        processes = self.encoding_processes
+        return prepare_split(sources, self.encoder, limits, key, folder, processes, noted=noted)
 
     def _hub_split(self, names: Sequence[str]) -> RowSources:
         """The first of these splits that a Hub dataset of the training sources has, or nothing."""

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from qlora_pl.batch import IGNORE_INDEX
-from qlora_pl.data.encoding import EncodedExample
+from qlora_pl.data.encoded_example import EncodedExample
 
 ROWS_AT_A_TIME = 4096
 

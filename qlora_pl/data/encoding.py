@@ -12,65 +12,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.conversation import Conversation, Message
+from qlora_pl.data.encoded_example import EncodedExample, TracedExample
+from qlora_pl.data.lengths import Limits, fit_to_length, needed_lengths
 from qlora_pl.data.templates import PromptTemplate, Rendering, Segment
 from qlora_pl.data.tokenization import TextTokenizer, Tokens
 
 TrainOn = Literal["answers", "last_answer", "answers_and_system", "everything"]
 TOKENIZER_CHUNK = 512
 """Rows handed to the tokenizer at a time; batched calls are about 1.5 times faster than single."""
-
-
-class EncodedExample(NamedTuple):
-    """One row of tokens, of any length."""
-
-    input_ids: np.ndarray
-    """``(T,)`` int32."""
-    is_trained: np.ndarray
-    """``(T,)`` bool; True where the token is a label."""
-    is_answer: np.ndarray
-    """``(T,)`` bool; True where the model is to write it, trained or not."""
-    num_bos: int = 0
-    """Tokens that were put before the text."""
-    weights: np.ndarray | None = None
-    """``(T,)`` float32, how much each trained token counts; None: all the same."""
-    num_unstopped: int = 0
-    """Trained answers that do not end in a stop token."""
-    num_straddling: int = 0
-    """Tokens that cover the end of a prompt and the start of its answer at once."""
-    num_trimmed: int = 0
-    """Messages whose first or last spaces the template left out."""
-    spells_control: bool = False
-    """Whether its own text spells a control token."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """``(T,)`` int64, ``IGNORE_INDEX`` where nothing is trained."""
-        return np.where(self.is_trained, self.input_ids, IGNORE_INDEX).astype(np.int64)
-
-    @property
-    def num_trained(self) -> int:
-        """Tokens that are labels."""
-        return int(np.count_nonzero(self.is_trained))
-
-    def part(self, chosen: np.ndarray | slice) -> EncodedExample:
-        """Some of its tokens."""
-        return self._replace(
-            input_ids=self.input_ids[chosen],
-            is_trained=self.is_trained[chosen],
-            is_answer=self.is_answer[chosen],
-            weights=None if self.weights is None else self.weights[chosen],
-        )
-
-
-class TracedExample(NamedTuple):
-    """A row of tokens with the text that it was made of."""
-
-    example: EncodedExample
-    text: str
-    spans: list[tuple[int, int]]
-    """First character and end of each token; tokens that were put before the text cover none."""
 
 
 class Encoder:
@@ -113,10 +63,6 @@ class Encoder:
             "append_eos": self.append_eos,
             "adds_bos": self._adds_bos,
         }
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The tokenizer stays here: what encodes in another process is ``TextTokenizer``."""
-        return self.__dict__ | {"tokenizer": None, "template": None}
 
     # -- rows --------------------------------------------------------------------------------------
 
@@ -260,6 +206,16 @@ class Encoder:
         first = rendering.segments[0]
         is_written = not first.is_content and first.text.startswith(self._bos_token or "\0")
         return [self._bos_id] if self._adds_bos and not is_written else []
+
+    # -- lengths -----------------------------------------------------------------------------------
+
+    def fit(self, example: EncodedExample, limits: Limits) -> list[EncodedExample]:
+        """The rows that are left of an example within the limits."""
+        return fit_to_length(example, limits.max_length, limits.overlong, self.stop_ids)
+
+    def needed(self, example: EncodedExample, limits: Limits) -> np.ndarray:
+        """``(num_trained,)`` int64: the limit from which on each trained token is kept."""
+        return needed_lengths(example, limits.overlong)
 
     # -- looking at rows ---------------------------------------------------------------------------
 

@@ -6,53 +6,34 @@ runner-up: a wrong guess is the kind of mistake that trains for hours without a 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
 
-from qlora_pl.data.conversation import Conversation, Message, Role
+from qlora_pl.data.cells import RowError, text_of
+from qlora_pl.data.conversation import Conversation, Message
+from qlora_pl.data.oasst_trees import TreeRules, conversations_of_trees
+from qlora_pl.data.places import BadRow, PlacedRow, Row
+from qlora_pl.data.turns import chip2, guanaco, hh_rlhf, messages, sharegpt, vicuna
 from qlora_pl.errors import ConfigurationError
 
-Row = Mapping[str, Any]
-
-# The names that speakers go by in published datasets.
-SPEAKERS: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-}
-
-
-class RowError(ValueError):
-    """A row is not what its format says; the reader adds which file and row."""
-
-
-def _text(row: Row, column: str, default: str | None = None) -> str:
-    value = row.get(column)
-    if value is None:
-        if default is not None:
-            return default
-        found = ", ".join(f"'{name}'" for name in row if row[name] is not None) or "nothing"
-        raise RowError(f"no '{column}' field; found {found}")
-    if not isinstance(value, str):
-        raise RowError(f"'{column}' holds {type(value).__name__} {value!r:.60}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON may spell one; no tokenizer takes it
-        raise RowError(
-            f"'{column}' holds half of a surrogate pair (character {error.start + 1})"
-        ) from error
-    return value
+Regroup = Callable[[Iterable[PlacedRow], TreeRules, "Counter[str]"], Iterator[PlacedRow]]
 
 
 def alpaca(row: Row) -> Conversation:
-    """``instruction``, ``output`` and an optional ``input`` (Alpaca, Dolly after renaming)."""
-    question = Message("user", _text(row, "instruction"), context=_text(row, "input", default=""))
-    return Conversation((question, Message("assistant", _text(row, "output"))))
+    """``instruction``, ``output`` and an optional ``input``."""
+    return _pair(row, "instruction", "output", context="input")
+
+
+def dolly(row: Row) -> Conversation:
+    """``instruction``, ``response`` and an optional ``context``."""
+    return _pair(row, "instruction", "response", context="context")
+
+
+def natural_instructions(row: Row) -> Conversation:
+    """``definition`` of a task, ``inputs`` of one example and its ``targets``."""
+    return _pair(row, "definition", "targets", context="inputs")
 
 
 def prompt_response(row: Row) -> Conversation:
@@ -70,66 +51,58 @@ def question_answer(row: Row) -> Conversation:
     return _pair(row, "question", "answer")
 
 
+def inputs_targets(row: Row) -> Conversation:
+    """``inputs`` and ``targets``, as FLAN's rows."""
+    return _pair(row, "inputs", "targets")
+
+
+def source_target(row: Row) -> Conversation:
+    """``source`` and ``target``, likewise."""
+    return _pair(row, "source", "target")
+
+
 def input_output(row: Row) -> Conversation:
     """``input`` and ``output``; an empty input leaves only text to learn, as in the original."""
-    if not _text(row, "input", default=""):
-        return Conversation.from_text(_text(row, "output"))
+    if not text_of(row, "input", default=""):
+        return Conversation.from_text(text_of(row, "output"))
     return _pair(row, "input", "output")
 
 
-def _pair(row: Row, asked: str, answered: str) -> Conversation:
-    return Conversation(
-        (Message("user", _text(row, asked)), Message("assistant", _text(row, answered)))
-    )
+def _pair(row: Row, asked: str, answered: str, context: str | None = None) -> Conversation:
+    given = text_of(row, context, default="") if context else ""
+    question = Message("user", text_of(row, asked), context=given)
+    return Conversation((question, Message("assistant", text_of(row, answered))))
 
 
 def text(row: Row) -> Conversation:
     """``text``: learnt as it stands, every token trained."""
-    return Conversation.from_text(_text(row, "text"))
+    return Conversation.from_text(text_of(row, "text"))
 
 
-GUANACO_TURN = re.compile(r"### (Human|Assistant):")
+def unnatural_instructions(row: Row) -> Conversation:
+    """One of a row's instances, after ``expand_instances``."""
+    return _pair(row, "instruction_with_input", "output")
 
 
-def guanaco(row: Row) -> Conversation:
-    """``text`` of "### Human: ...### Assistant: ..." turns, as the openassistant-guanaco rows."""
-    whole = _text(row, "text")
-    before, *parts = GUANACO_TURN.split(whole)
-    if before.strip() or not parts:
-        raise RowError("'text' does not begin with '### Human:'; its format may be text")
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return Conversation(
-        tuple(Message(SPEAKERS[speaker.lower()], said.strip()) for speaker, said in turns)
-    )
-
-
-def messages(row: Row) -> Conversation:
-    """``messages``: a list of ``{role, content}``."""
-    return _turns(row, "messages", "role", "content")
-
-
-def sharegpt(row: Row) -> Conversation:
-    """``conversations``: a list of ``{from, value}``."""
-    return _turns(row, "conversations", "from", "value")
-
-
-def _turns(row: Row, column: str, speaker: str, said: str) -> Conversation:
-    turns = row.get(column)
-    if turns is None:
-        _text(row, column)  # raises, naming what was found instead
-    if not isinstance(turns, list | tuple):
-        raise RowError(f"'{column}' holds {type(turns).__name__}, expected a list of messages")
-    converted = []
-    for place, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping):
-            raise RowError(f"'{column}' item {place} is {type(turn).__name__}, expected a mapping")
-        name = str(turn.get(speaker))
-        if name not in SPEAKERS:
-            raise RowError(
-                f"'{column}' item {place} is from '{name}'; known: {', '.join(SPEAKERS)}"
-            )
-        converted.append(Message(SPEAKERS[name], _text(turn, said)))
-    return Conversation(tuple(converted))
+def expand_instances(
+    rows: Iterable[PlacedRow], _: TreeRules, __: Counter[str], also: tuple[str, ...] = ()
+) -> Iterator[PlacedRow]:
+    """Every item of ``instances``, and of the columns ``also``, as a row of its own."""
+    for place, row in rows:
+        if isinstance(row, BadRow):
+            yield place, row
+            continue
+        for column in ("instances", *also):
+            items = row.get(column)
+            if column != "instances" and items is None:
+                continue  # only some instructions were reworded
+            if not isinstance(items, list | tuple):
+                kind = "nothing" if items is None else type(items).__name__
+                yield place, BadRow(f"'{column}' holds {kind}, expected a list; remove the row.")
+                continue
+            for item in items:
+                is_row = isinstance(item, Mapping)
+                yield place, item if is_row else BadRow(f"'{column}' holds no mapping; mend it.")
 
 
 class Format(NamedTuple):
@@ -137,18 +110,51 @@ class Format(NamedTuple):
 
     convert: Callable[[Row], Conversation]
     columns: frozenset[str]
+    other_columns: frozenset[str] | None = None
+    """A second layout of the same data."""
+    regroup: Regroup | None = None
+    """For data whose conversations are not one to a row: makes such rows of them."""
+
+    def fits(self, columns: Collection[str]) -> bool:
+        """Whether these columns give the format away."""
+        found = set(columns)
+        return self.columns <= found or (self.other_columns or {""}) <= found
 
 
 FORMATS: dict[str, Format] = {
     "messages": Format(messages, frozenset({"messages"})),
     "sharegpt": Format(sharegpt, frozenset({"conversations"})),
+    "oasst": Format(
+        messages,
+        frozenset({"message_id", "parent_id", "role", "text"}),
+        frozenset({"message_tree_id", "prompt"}),
+        conversations_of_trees,
+    ),
+    "unnatural-instructions": Format(
+        unnatural_instructions, frozenset({"instruction", "instances"}), regroup=expand_instances
+    ),
+    "unnatural-instructions-full": Format(
+        unnatural_instructions,
+        frozenset({"instruction", "instances", "reformulations"}),
+        regroup=partial(expand_instances, also=("reformulations",)),
+    ),
     "alpaca": Format(alpaca, frozenset({"instruction", "output"})),
+    "dolly": Format(dolly, frozenset({"instruction", "context", "response"})),
+    "natural-instructions": Format(
+        natural_instructions, frozenset({"definition", "inputs", "targets"})
+    ),
     "prompt-response": Format(prompt_response, frozenset({"prompt", "response"})),
     "prompt-completion": Format(prompt_completion, frozenset({"prompt", "completion"})),
     "question-answer": Format(question_answer, frozenset({"question", "answer"})),
     "input-output": Format(input_output, frozenset({"input", "output"})),
+    "inputs-targets": Format(inputs_targets, frozenset({"inputs", "targets"})),
+    "source-target": Format(source_target, frozenset({"source", "target"})),
+    "hh-rlhf": Format(hh_rlhf, frozenset({"chosen", "rejected"})),
     "text": Format(text, frozenset({"text"})),
+    # Their columns are those of formats above, so that they are never guessed.
     "guanaco": Format(guanaco, frozenset({"text"})),
+    "chip2": Format(chip2, frozenset({"text"})),
+    "vicuna": Format(vicuna, frozenset({"conversations"})),
 }
 """In order of preference: where several fit, the richer one wins."""
 
@@ -159,12 +165,15 @@ def guess_format(columns: Collection[str]) -> tuple[str, str | None]:
     Raises:
         ConfigurationError: if no format fits.
     """
-    fitting = [name for name, format in FORMATS.items() if format.columns <= set(columns)]
+    fitting = [name for name, format in FORMATS.items() if format.fits(columns)]
     if not fitting:
-        found = ", ".join(f"'{column}'" for column in columns)
+        found = ", ".join(f"'{column}'" for column in columns) or "(none)"
         known = "; ".join(f"{name}: {' + '.join(sorted(f.columns))}" for name, f in FORMATS.items())
         raise ConfigurationError(
             f"no format fits the columns {found}; rename them with columns: {{NEW: OLD}} to one of "
             f"({known})."
         )
     return fitting[0], fitting[1] if len(fitting) > 1 else None
+
+
+__all__ = ["FORMATS", "Format", "Row", "RowError", "guess_format"]

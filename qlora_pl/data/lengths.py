@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from qlora_pl.data.encoding import EncodedExample
+from qlora_pl.data.encoded_example import EncodedExample
 
 Overlong = Literal["cut", "cut_keep_stop", "cut_prompt", "split", "drop", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long rows may be, and how much may be lost to that."""
+
+    max_length: int = 512
+    """Tokens of a row; of what comes before its answer where that has a limit of its own."""
+    max_target_length: int | None = None
+    """Tokens of the answer of a row that is a pair; None: rows are not pairs."""
+    overlong: Overlong = "cut"
+    max_lost_ratio: float = 0.01
+
+    def __str__(self) -> str:
+        if self.max_target_length is None:
+            return f"data.max_length {self.max_length}"
+        return (
+            f"data.max_length {self.max_length} or data.max_target_length {self.max_target_length}"
+        )
+
+    @property
+    def answer_key(self) -> str:
+        """The key whose value decides how much of an answer is kept."""
+        return "data.max_length" if self.max_target_length is None else "data.max_target_length"
+
+    @property
+    def answer_limit(self) -> int:
+        """That key's value."""
+        return self.max_length if self.max_target_length is None else self.max_target_length
 
 
 def fit_to_length(
@@ -40,14 +70,6 @@ def fit_to_length(
     if overlong == "split":
         return _pieces(example, max_length)
     return []
-
-
-def fit_to_train(
-    example: EncodedExample, max_length: int, overlong: Overlong, stop_ids: Collection[int]
-) -> list[EncodedExample]:
-    """Those rows of ``fit_to_length`` of which something of an answer is trained."""
-    fitted = fit_to_length(example, max_length, overlong, stop_ids)
-    return [row for row in fitted if (row.is_answer & row.is_trained).any()]
 
 
 def num_removable(example: EncodedExample) -> int:
@@ -95,3 +117,40 @@ def _pieces(example: EncodedExample, max_length: int) -> list[EncodedExample]:
         if piece.is_trained.any():
             pieces.append(piece)
     return pieces
+
+
+# -- pairs: a source and a target, each with a limit of its own ------------------------------------
+
+
+def source_length(example: EncodedExample) -> int:
+    """Tokens before the answer begins; all of them if there is none."""
+    return int(np.argmax(example.is_answer)) if example.is_answer.any() else len(example.is_answer)
+
+
+def fit_pair(example: EncodedExample, limits: Limits, source_tail: int = 0) -> list[EncodedExample]:
+    """A pair whose sides are cut on the right, each to its own limit; or nothing.
+
+    Args:
+        example: A source, then its target.
+        limits: ``overlong`` is ``cut``, ``drop`` or ``error``.
+        source_tail: Tokens at the source's end that a cut keeps, such as its end-of-text token.
+    """
+    source, length = source_length(example), len(example.input_ids)
+    target_limit = limits.answer_limit
+    if source <= limits.max_length and length - source <= target_limit:
+        return [example]
+    if limits.overlong != "cut":
+        return []
+    kept = min(source, limits.max_length)
+    end = min(length, source + target_limit)
+    return [example.part(np.r_[: kept - source_tail, source - source_tail : source, source:end])]
+
+
+def needed_target_lengths(example: EncodedExample) -> np.ndarray:
+    """For each trained token of a target, the ``max_target_length`` from which on it is kept.
+
+    Returns:
+        ``(num_trained,)`` int64; trained tokens of the source need 1.
+    """
+    positions = np.flatnonzero(example.is_trained) - source_length(example) + 1
+    return np.maximum(positions, 1)

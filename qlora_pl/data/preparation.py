@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version
-from itertools import islice
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from qlora_pl.data.audit import DataReport, Limits, check_split
-from qlora_pl.data.chunks import ChunkEncoder, ChunkResult, Read
+from qlora_pl.data.audit import DataReport, check_split
+from qlora_pl.data.chunks import ChunkEncoder, Read
+from qlora_pl.data.encode_stream import encode_stream
 from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.encoding import TOKENIZER_CHUNK, Encoder
-from qlora_pl.data.normalizing import conversations, source_digest
+from qlora_pl.data.encoding import Encoder
+from qlora_pl.data.lengths import Limits
+from qlora_pl.data.normalizing import OnError, ReadingReport, read_conversations
 from qlora_pl.data.row_store import (
     Conversations,
     Places,
@@ -39,15 +36,12 @@ from qlora_pl.data.row_store import (
     digest_of,
     open_rows,
 )
+from qlora_pl.data.source_digest import source_digest
 from qlora_pl.data.sources import RowSources
 from qlora_pl.errors import ConfigurationError, TrainingStoppedError
 from qlora_pl.files import TEMPORARY_PREFIX, atomic_folder
 
 logger = logging.getLogger(__name__)
-
-CHUNKS_BEFORE_PROCESSES = 16
-"""Chunks that are encoded here before processes are started, which takes longer than those do."""
-MAX_PROCESSES = 8
 
 
 class ReadRows(NamedTuple):
@@ -81,94 +75,42 @@ class EncodedSplit(NamedTuple):
         )
 
 
-def encode_stream(
-    stream: Iterable[Read], encode: ChunkEncoder, num_processes: int | None
-) -> Iterator[tuple[list[str], ChunkResult]]:
-    """Chunk by chunk, in order, with the names of the sources so far.
+class Source(NamedTuple):
+    """How rows are read."""
 
-    Args:
-        stream: Conversations with their places.
-        encode: What to do with a chunk.
-        num_processes: 1: all here; None: as many as there are processors, up to 8, once it is
-            worth while.
-    """
-    sources: list[str] = []
-    chunks = _numbered(stream, sources)
-    for chunk, numbers in islice(chunks, CHUNKS_BEFORE_PROCESSES if num_processes != 1 else None):
-        yield sources, encode(chunk, numbers)
-    wanted = num_processes or min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
-    if wanted == 1 or "fork" not in get_all_start_methods():
-        for chunk, numbers in chunks:
-            yield sources, encode(chunk, numbers)
-        return
-    with _processes(encode, wanted) as pool:
-        waiting: deque[Future[ChunkResult]] = deque()
-        for chunk, numbers in chunks:
-            waiting.append(pool.submit(_encode_there, chunk, numbers))
-            if len(waiting) > 2 * wanted:
-                yield sources, waiting.popleft().result()
-        while waiting:
-            yield sources, waiting.popleft().result()
+    sources: RowSources
+    on_error: OnError = "stop"
 
-
-def _numbered(stream: Iterable[Read], sources: list[str]) -> Iterator[tuple[list[Read], list[int]]]:
-    numbers: dict[str, int] = {}
-    iterator = iter(stream)
-    while chunk := list(islice(iterator, TOKENIZER_CHUNK)):
-        for place, _ in chunk:
-            if place.source not in numbers:
-                numbers[place.source] = len(sources)
-                sources.append(place.source)
-        yield chunk, [numbers[place.source] for place, _ in chunk]
-
-
-_encoder_of_this_process: ChunkEncoder | None = None
-
-
-@contextmanager
-def _processes(encode: ChunkEncoder, number: int) -> Iterator[ProcessPoolExecutor]:
-    # Threads of the tokenizer inside processes would fight for the same processors.
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        with ProcessPoolExecutor(number, get_context("fork"), _start_process, (encode,)) as pool:
-            yield pool
-    finally:
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def _start_process(encode: ChunkEncoder) -> None:
-    global _encoder_of_this_process
-    _encoder_of_this_process = encode
-
-
-def _encode_there(chunk: Sequence[Read], numbers: Sequence[int]) -> ChunkResult:
-    assert _encoder_of_this_process is not None
-    return _encoder_of_this_process(chunk, numbers)
+    def conversations(self, report: ReadingReport) -> Iterator[Read]:
+        """Every row in order, with the number of its source."""
+        if self.sources.rows is not None:
+            for place, conversation in read_conversations(self.sources, self.on_error, report):
+                yield place, conversation, 0
+        for number, source in enumerate(self.sources.sources):
+            one = RowSources((source,))
+            for place, conversation in read_conversations(one, self.on_error, report):
+                yield place, conversation, number
 
 
 def write_rows(
-    folder: Path,
-    stream: Iterable[Read],
-    encode: ChunkEncoder,
-    report: DataReport,
-    num_processes: int | None,
+    folder: Path, source: Source, encode: ChunkEncoder, num_processes: int | None
 ) -> None:
-    """Encode a stream into a folder, with a progress bar where that takes longer than a second."""
+    """Encode every row into a folder, with a progress bar where that takes longer than a second."""
+    report, reading = DataReport(), ReadingReport()
     needed = np.zeros(0, np.int64)
-    sources: Sequence[str] = []
+    origins: Sequence[tuple[str, int]] = []
     with (
         RowWriter(folder) as writer,
         tqdm(desc="encoding", unit=" rows", unit_scale=True, delay=1.0, leave=False) as bar,
     ):
-        for sources, result in encode_stream(stream, encode, num_processes):  # noqa: B007
+        stream = source.conversations(reading)
+        for origins, result in encode_stream(stream, encode, num_processes):  # noqa: B007
             writer.append(result.chunk)
             report.add(result.report)
             needed = _sum_padded(needed, result.needed)
             bar.update(result.report.num_rows)
-        writer.finish(sources, report.to_plain(), needed)
+        report.add_reading(reading)
+        writer.finish(origins, report.to_plain(), needed)
 
 
 def _sum_padded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -185,6 +127,7 @@ def prepare_split(
     key: str,
     cache: Path | None = None,
     num_processes: int | None = 1,
+    on_error: OnError = "stop",
     noted: list[str] | None = None,
 ) -> EncodedSplit:
     """Read, encode and check every row, or take what an earlier run made of the same bytes.
@@ -196,13 +139,14 @@ def prepare_split(
         key: The configuration key of these sources, for errors.
         cache: The folder of earlier results; None: nothing is kept.
         num_processes: See ``encode_stream``.
+        on_error: See ``read_conversations``; counts for rows that the template refuses, too.
         noted: Where to write why the rows as a whole cannot be trained on, instead of raising it.
 
     Raises:
         DatasetFormatError: naming the first row that is not what its format says.
         ConfigurationError: if nothing is left to train on, or more is lost than the budget allows.
     """
-    stored = _stored(sources, encoder, limits, cache, num_processes)
+    stored = _stored(Source(sources, on_error), encoder, limits, cache, num_processes)
     report = DataReport(**stored.report)
     try:
         check_split(report, stored.needed, limits, key, encoder.template.name)
@@ -214,24 +158,23 @@ def prepare_split(
 
 
 def _stored(
-    sources: RowSources,
+    source: Source,
     encoder: Encoder,
     limits: Limits,
     cache: Path | None,
     num_processes: int | None,
 ) -> StoredRows:
     def write(folder: Path) -> None:
-        report = DataReport()
-        stream = conversations(sources, report)
-        write_rows(folder, stream, ChunkEncoder(encoder, limits), report, num_processes)
+        encode = ChunkEncoder(encoder, limits, skips=source.on_error == "skip")
+        write_rows(folder, source, encode, num_processes)
 
-    if cache is None or sources.rows is not None:
+    if cache is None or source.sources.rows is not None:
         with tempfile.TemporaryDirectory(prefix="qlora_pl-", ignore_cleanup_errors=True) as name:
             write(Path(name))
             stored = open_rows(Path(name))  # what is mapped outlives its name
             assert stored is not None
             return stored
-    folder = cache / "data" / digest_of(_what_decides(sources, encoder, limits))[:32]
+    folder = cache / "data" / digest_of(_what_decides(source, encoder, limits))[:32]
     if (stored := open_rows(folder)) is not None:
         logger.info("Encoded rows of an earlier run are used (%s).", folder)
         return stored
@@ -250,14 +193,15 @@ def _stored(
     return stored
 
 
-def _what_decides(sources: RowSources, encoder: Encoder, limits: Limits) -> Iterator[str | bytes]:
-    for source in sources.sources:
-        settings = {f.name: getattr(source, f.name) for f in fields(source)}
+def _what_decides(source: Source, encoder: Encoder, limits: Limits) -> Iterator[str | bytes]:
+    for config in source.sources.sources:
+        settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "weight"}
         yield json.dumps(settings, sort_keys=True, default=str)
-        yield source_digest(source)
+        yield source_digest(config)
+    yield source.on_error
     yield json.dumps(encoder.definition(), sort_keys=True)
     yield encoder.tokenizer.backend_tokenizer.to_str()
-    yield json.dumps([limits.max_length, limits.overlong])
+    yield json.dumps([limits.max_length, limits.max_target_length, limits.overlong])
     for path in sorted(Path(__file__).parent.glob("*.py")):
         yield path.read_bytes()
     for name in ("tokenizers", "transformers", "numpy"):

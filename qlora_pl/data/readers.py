@@ -1,192 +1,199 @@
-"""Sources -> raw rows, each with its place.
-
-Local files are read by line or record here rather than through ``datasets``, because a bad row must
-be named by file and number, and no value may change its type on the way (dates, nulls, numbers).
-"""
+"""Sources -> raw rows, each with its place."""
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from qlora_pl.data.sources import RowSources, SourceConfig
+from qlora_pl.data.cells import quote
+from qlora_pl.data.data_files import find_files
+from qlora_pl.data.places import BadRow, Place, PlacedRow, Row
+from qlora_pl.data.row_files import read_file
+from qlora_pl.data.sampling import sample_rows
+from qlora_pl.data.source_config import SourceConfig
+from qlora_pl.data.sources import RowSources
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 
+__all__ = ["Place", "RawRows", "hub_splits", "load_hub_dataset", "read_rows"]
 
-class Place(NamedTuple):
-    """Where a row came from; ``row`` counts from 1, as editors do."""
-
-    source: str
-    row: int
-    part: int = 0
-    """Counts from 1 where a row became several."""
-
-    def __str__(self) -> str:
-        part = f", part {self.part}" if self.part else ""
-        return f"{self.source}, row {self.row}{part}"
+logger = logging.getLogger(__name__)
 
 
 def read_rows(
     sources: RowSources,
 ) -> Iterator[tuple[Place, SourceConfig | None, Mapping[str, Any]]]:
-    """Every row with its place, in order, one at a time.
+    """Every row as it is stored, with its place, in order, one at a time.
 
     Raises:
         DatasetFormatError: naming file and row, if a file is not what its suffix says.
     """
     if sources.rows is not None:
-        for number, row in enumerate(sources.rows, start=1):
-            place = Place("rows in memory", number)
-            yield place, None, _mapping(row, place)
-        return
+        for place, row in rows_in_memory(sources.rows):
+            yield place, None, _good(place, row)
     for source in sources.sources:
-        columns: set[str] = set()
-        number = 0
-        for number, row in itertools.islice(_numbered_rows(source), source.limit):
-            place = Place(source.path, number)
-            columns.update(_mapping(row, place))
-            yield place, source, _rename(row, source)
-        if number == 0:
-            raise DatasetFormatError(f"{source.path}: it holds no rows; leave it out, or fill it.")
-        for new, old in source.columns.items():
-            if columns and old not in columns:
-                found = ", ".join(f"'{name}'" for name in sorted(columns))
+        rows = RawRows(source)
+        for place, row in take(rows, source):
+            yield place, source, _good(place, row)
+        rows.check_renames()
+
+
+def _good(place: Place, row: Row | BadRow) -> Row:
+    if isinstance(row, BadRow):
+        raise DatasetFormatError(f"{place}: {row.reason}")
+    return row
+
+
+def rows_in_memory(rows: Iterable[Any]) -> Iterator[PlacedRow]:
+    """Rows that were handed over from Python."""
+    for number, row in enumerate(rows, start=1):
+        yield Place("rows in memory", number), _mapping(row)
+
+
+def take(rows: Iterable[PlacedRow], source: SourceConfig) -> Iterator[PlacedRow]:
+    """The rows that ``limit`` or ``sample`` leave of a source."""
+    if source.sample is None:
+        yield from itertools.islice(rows, source.limit)
+        return
+    count = 0
+    for placed in sample_rows(rows, source.sample, source.sample_seed):
+        count += 1
+        yield placed
+    if count < source.sample:
+        logger.warning("%s: sample %d, but it has %d rows", source.name, source.sample, count)
+
+
+class RawRows:
+    """The rows of a source with their columns renamed, bad ones in their places.
+
+    Raises:
+        ConfigurationError: if the source names nothing that can be read.
+        DatasetFormatError: while reading, if a file or dataset cannot be read, or a file is empty.
+    """
+
+    def __init__(self, source: SourceConfig) -> None:
+        if problem := source.problem():
+            raise ConfigurationError(problem)
+        self._source = source.resolved()
+        self._columns: set[str] = set()
+
+    def __iter__(self) -> Iterator[PlacedRow]:
+        for place, row in _places(self._source):
+            row = _mapping(row)
+            if not isinstance(row, BadRow):
+                self._columns.update(row)
+                row = _rename(row, self._source.columns)
+            yield place, row
+
+    def check_renames(self) -> None:
+        """Refuse a rename of a column that no row had, of those that were read."""
+        for new, old in self._source.columns.items():
+            if self._columns and old not in self._columns:
+                found = ", ".join(f"'{name}'" for name in sorted(self._columns))
                 raise DatasetFormatError(
-                    f"{source.path}: no row has a column '{old}', which columns renames to "
+                    f"{self._source.name}: no row has a column '{old}', which columns renames to "
                     f"'{new}'; found {found}."
                 )
 
 
-def _mapping(row: Any, place: Place) -> Mapping[str, Any]:
-    if not isinstance(row, Mapping):
-        raise DatasetFormatError(f"{place}: expected a mapping of columns, got {row!r:.60}.")
-    return row
+def _mapping(row: Any) -> Row | BadRow:
+    if isinstance(row, Mapping | BadRow):
+        return row
+    return BadRow(f"expected a mapping of columns, got {quote(row)}. Mend or remove the row.")
 
 
-def _rename(row: Mapping[str, Any], source: SourceConfig) -> Mapping[str, Any]:
+def _rename(row: Row, columns: Mapping[str, str]) -> Row:
     """A renamed column replaces one that had its name; a row without it keeps what it has."""
-    renamed = {new: row[old] for new, old in source.columns.items() if old in row}
-    olds = source.columns.values()
+    if not columns:
+        return row
+    renamed = {new: row[old] for new, old in columns.items() if old in row}
+    olds = columns.values()
     return {name: value for name, value in row.items() if name not in olds} | renamed
 
 
-def _numbered_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
-    path = Path(source.path).expanduser()
-    if problem := source.problem():
-        raise ConfigurationError(problem)
-    if not source.is_local:
-        return enumerate(_hub_rows(source), start=1)
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return _jsonl(path)
-    return enumerate({".json": _json, ".csv": _csv, ".parquet": _parquet}[suffix](path), start=1)
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):  # blank lines count, as in an editor
-            if number == 1 and line.lstrip()[:1] == b"[":
-                raise DatasetFormatError(
-                    f"{path}: it begins with a list; name a file that is one list of rows .json."
-                )
-            if line.strip():
-                yield number, _decode(line, f"{path}, row {number}")
-
-
-def _json(path: Path) -> Iterable[Any]:
-    rows = _decode(path.read_bytes(), str(path))
-    if isinstance(rows, dict):
-        lists = [value for value in rows.values() if isinstance(value, list)]
-        rows = lists[0] if len(lists) == 1 else rows
-    if not isinstance(rows, list):
-        raise DatasetFormatError(f"{path}: expected a list of rows, got {type(rows).__name__}.")
-    return rows
-
-
-def _decode(data: bytes, place: str) -> Any:
-    try:
-        return json.loads(data)
-    except UnicodeDecodeError as error:
-        raise DatasetFormatError(f"{place}: not UTF-8 (byte {error.start}); convert it.") from error
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""  # of a .jsonl, always the first
-        hint = "; name a file with one row a line .jsonl" if line and "Extra" in error.msg else ""
-        raise DatasetFormatError(
-            f"{place}: not JSON ({error.msg}, {line}column {error.colno}){hint}."
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting that Python refuses
-        raise DatasetFormatError(f"{place}: not JSON that can be read ({error}).") from error
-
-
-def _csv(path: Path) -> Iterator[Any]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses a text of 131,073 characters
-    # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        # strict: a quote that is never closed would swallow the rest of the file as one cell
-        reader = csv.DictReader(file, strict=True)
+def _places(source: SourceConfig) -> Iterator[tuple[Place, Any]]:
+    if source.is_saved or not source.is_local:
+        rows = _saved_rows(source) if source.is_saved else load_hub_dataset(source)
+        for number, row in enumerate(rows, start=1):
+            yield Place(source.path, number), row
+        return
+    files = find_files(source.path)
+    if len(files) > 1:
+        logger.info("%s: %d files, %s to %s", source.path, len(files), files[0], files[-1])
+    for path in files:
+        name = source.path if path == Path(source.path).expanduser() else str(path)
         number = 0
-        try:
-            names = list(reader.fieldnames or [])
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise DatasetFormatError(f"{path}: its header has the column '{twice[0]}' twice.")
-            for number, row in enumerate(reader, start=1):
-                if None in row or None in row.values():
-                    raise DatasetFormatError(
-                        f"{path}, row {number}: its number of cells differs from the header's; "
-                        "quote the cells that contain a comma."
-                    )
-                yield row
-        except UnicodeDecodeError as error:
-            raise DatasetFormatError(
-                f"{path}: not UTF-8 (byte {error.start}); convert it."
-            ) from error
-        except csv.Error as error:
-            raise DatasetFormatError(
-                f"{path}, row {number + 1}: not CSV ({error}); double the quotes inside a cell."
-            ) from error
+        for number, row in read_file(path, source.documents):
+            yield Place(name, number), row
+        if number == 0:
+            raise DatasetFormatError(f"{name}: it holds no rows; leave it out, or fill it.")
 
 
-def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:  # the second for pages that are damaged
-        raise DatasetFormatError(f"{path}: not Parquet ({str(error).splitlines()[0]}).") from error
+# -- through datasets ----------------------------------------------------------------------------
 
 
-def _hub_rows(source: SourceConfig) -> Iterable[Any]:
+def _saved_rows(source: SourceConfig) -> Any:
     import datasets  # slow to import
 
     try:
+        loaded = datasets.load_from_disk(str(Path(source.path).expanduser()))
+    except Exception as error:  # as many types as there are ways to damage a folder
+        raise DatasetFormatError(
+            f"{source.path}: no folder that datasets can load ({_reason(error)}); save it again."
+        ) from error
+    if not isinstance(loaded, dict):
+        if source.split != "train":
+            raise DatasetFormatError(
+                f"{source.path}: it holds one dataset and no split '{source.split}'; remove split."
+            )
+        return loaded
+    if source.split not in loaded:
+        names = ", ".join(f"'{name}'" for name in loaded)
+        raise DatasetFormatError(
+            f"{source.path}: it has no split '{source.split}'; set split to one of {names}."
+        )
+    return loaded[source.split]
+
+
+def load_hub_dataset(source: SourceConfig) -> Any:
+    """A split of a dataset of the Hub, as ``datasets`` gives it.
+
+    Raises:
+        DatasetFormatError: if it cannot be loaded, whatever the reason.
+    """
+    import datasets  # slow to import
+
+    only = {} if source.file is None else {"data_files": source.file}
+    try:
         return datasets.load_dataset(
-            source.path, source.subset, split=source.split, revision=source.revision
+            source.path, source.subset, split=source.split, revision=source.revision, **only
         )
     except Exception as error:  # the Hub client raises a dozen unrelated types
         raise DatasetFormatError(
             f"data.sources: dataset '{source.path}' (split '{source.split}') could not be loaded "
-            f"({_reason(error)})."
+            f"({_reason(error)}); check its name and the network, or download it and name its path."
         ) from error
 
 
 def hub_splits(source: SourceConfig) -> list[str]:
-    """The names of a Hub dataset's splits; empty for local files.
+    """The names of the splits of a Hub dataset or of a saved one; empty for files.
 
     Raises:
         DatasetFormatError: if they cannot be listed.
     """
-    if source.is_local:
+    source = source.resolved()
+    if source.is_local and not source.is_saved:
         return []
     import datasets  # slow to import
 
     try:
+        if source.is_saved:
+            loaded = datasets.load_from_disk(str(Path(source.path).expanduser()))
+            return list(loaded) if isinstance(loaded, dict) else []
+        if source.file is not None:
+            return ["train"]  # which a single file is
         return list(
             datasets.get_dataset_split_names(source.path, source.subset, revision=source.revision)
         )

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO, NamedTuple, Self, overload
 import numpy as np
 
 from qlora_pl.data.conversation import Conversation, Message
+from qlora_pl.data.encoded_example import EncodedExample
 from qlora_pl.data.encoded_rows import EncodedRows, concatenated, concatenated_weights
-from qlora_pl.data.encoding import EncodedExample
-from qlora_pl.data.readers import Place
+from qlora_pl.data.places import Place
 from qlora_pl.files import sha256_file
 
-INDEX = ("start", "length", "trained", "source", "row", "part", "conversation")
+INDEX = ("start", "length", "trained", "file", "row", "part", "conversation")
 """What is known of each row: int64 each."""
 FILES = {
     "tokens.int32": np.int32,
@@ -128,13 +128,15 @@ class RowWriter:
         weights = chunk.is_trained if chunk.weights is None else chunk.weights
         self._files[WEIGHTS].write(weights.astype(np.float32).tobytes())
 
-    def finish(self, sources: Sequence[str], report: dict[str, Any], needed: np.ndarray) -> None:
+    def finish(
+        self, files: Sequence[tuple[str, int]], report: dict[str, Any], needed: np.ndarray
+    ) -> None:
         """Add what is known of all rows together, and the digests of the files."""
         self._files["needed.int64"].write(needed.astype(np.int64).tobytes())
         for file in self._files.values():
             file.close()
         digests = {name: sha256_file(self._folder / name) for name in self._files}
-        meta = {"sources": list(sources), "report": report, "sha256": digests}
+        meta = {"files": list(files), "report": report, "sha256": digests}
         (self._folder / META).write_text(json.dumps(meta))
 
 
@@ -167,7 +169,7 @@ def open_rows(folder: Path) -> StoredRows | None:
     )
     return StoredRows(
         rows,
-        Places(meta["sources"], index[3:6]),
+        Places([(name, number) for name, number in meta["files"]], index[3:6]),
         Conversations(arrays["conversations.jsonl"], arrays["conversation_starts.int64"], index[6]),
         meta["report"],
         arrays["needed.int64"],
@@ -184,12 +186,12 @@ class Places(Sequence[Place]):
     """Where each row came from.
 
     Args:
-        sources: Their names.
-        origins: ``(3, num_rows)``: source, row and part of each.
+        files: Their names, and the number of the source that each was read for.
+        origins: ``(3, num_rows)``: file, row and part of each.
     """
 
-    def __init__(self, sources: Sequence[str], origins: np.ndarray) -> None:
-        self.sources = sources
+    def __init__(self, files: Sequence[tuple[str, int]], origins: np.ndarray) -> None:
+        self.files = files
         self.origins = origins
 
     def __len__(self) -> int:
@@ -202,13 +204,18 @@ class Places(Sequence[Place]):
     def __getitem__(self, place: int | slice) -> Place | Places:
         """One row's, or those of some."""
         if isinstance(place, slice):
-            return Places(self.sources, self.origins[:, place])
-        source, row, part = (int(number) for number in self.origins[:, place])
-        return Place(self.sources[source], row, part)
+            return Places(self.files, self.origins[:, place])
+        file, row, part = (int(number) for number in self.origins[:, place])
+        return Place(self.files[file][0], row, part)
 
     def select(self, rows: np.ndarray) -> Places:
         """Those of these rows."""
-        return Places(self.sources, self.origins[:, rows])
+        return Places(self.files, self.origins[:, rows])
+
+    def source_numbers(self) -> np.ndarray:
+        """``(num_rows,)`` int64: which of the named sources each row comes from."""
+        numbers = np.array([number for _, number in self.files], dtype=np.int64)
+        return numbers[self.origins[0]] if len(numbers) else np.zeros(0, np.int64)
 
 
 class Conversations(Sequence[Conversation]):

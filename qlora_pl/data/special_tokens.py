@@ -28,7 +28,7 @@ def repair_special_tokens(tokenizer: Any, config: Any) -> None:
     """
     text_config = config.get_text_config() if config is not None else None
     for role in ROLES:
-        theirs = _ids(getattr(text_config, f"{role}_id", None))
+        theirs = token_ids(getattr(text_config, f"{role}_id", None))
         ours = getattr(tokenizer, f"{role}_id")
         if not theirs or ours in theirs:
             continue
@@ -60,7 +60,8 @@ def repair_special_tokens(tokenizer: Any, config: Any) -> None:
         )
 
 
-def _ids(value: Any) -> list[int]:
+def token_ids(value: Any) -> list[int]:
+    """What a configuration says of a role: no id, one, or several."""
     values = value if isinstance(value, list) else [value]
     return [i for i in values if isinstance(i, int) and i >= 0]
 

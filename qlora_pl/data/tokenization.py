@@ -155,11 +155,6 @@ class TextTokenizer:
         backend.encode_special_tokens = True
         return backend
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Backends are built anew in another process."""
-        backends = ("_backend", "_plain_backend", "_later_backend")
-        return {name: value for name, value in self.__dict__.items() if name not in backends}
-
     def spells_control(self, conversation: Conversation) -> bool:
         """Whether a message's own text spells a control token."""
         return any(

@@ -51,7 +51,7 @@ def alike(texts: Sequence[str]) -> list[Group]:
     for group in same(texts):
         leader[group.members] = group.members[0]
     firsts = np.flatnonzero(leader == np.arange(len(texts)))
-    distinct = [texts[row] for row in firsts]
+    distinct = [texts[row] for row in firsts.tolist()]
     parent = _join_similar(distinct)
     groups: dict[int, list[int]] = {}
     place_of = {int(row): place for place, row in enumerate(firsts)}
@@ -167,7 +167,7 @@ def _parts(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
 def _hashed_runs(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of all runs of words, and where those of each text start (``num_texts + 1`` places).
 
-    A word's hash is a polynomial of its bytes, out of sums over the whole text: the loop is numpy's.
+    A word's hash is a polynomial of its bytes, taken out of sums over the whole text.
     """
     data = np.frombuffer("\n".join([*texts, ""]).encode(), np.uint8)
     is_end = (data == ord(" ")) | (data == ord("\n"))

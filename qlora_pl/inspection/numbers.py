@@ -11,8 +11,9 @@ import numpy as np
 
 from qlora_pl import __version__
 from qlora_pl.data.audit import DataReport
+from qlora_pl.data.lengths import Limits
+from qlora_pl.data.places import Place
 from qlora_pl.data.preparation import EncodedSplit
-from qlora_pl.data.readers import Place
 from qlora_pl.inspection.duplicates import alike, same
 from qlora_pl.inspection.first_batch import BatchPicture, first_batch
 from qlora_pl.inspection.odd_rows import OddKind, find_odd_rows
@@ -33,7 +34,7 @@ class SourceNumbers(NamedTuple):
     source: str
     format: str
     num_rows: int
-    """Rows that can be trained on, before ``data.max_length``."""
+    """Conversations that can be trained on, before ``data.max_length``."""
     num_kept: int
     """Rows that the run keeps; a row of the source may become several."""
 
@@ -65,6 +66,7 @@ class DataNumbers:
     version: str
     problems: list[str]
     settings: dict[str, Any]
+    limits: Limits
     sources: list[SourceNumbers]
     reports: dict[str, DataReport]
     splits: dict[str, SplitNumbers]
@@ -84,7 +86,7 @@ class DataNumbers:
 
 def _plain(value: Any) -> Any:
     """A named tuple as a mapping, and all that is in it."""
-    if isinstance(value, DataReport):
+    if isinstance(value, DataReport | Limits):
         return asdict(value)
     if isinstance(value, Place):
         return str(value)
@@ -107,16 +109,18 @@ def measure(run: RunData) -> tuple[DataNumbers, dict[str, Documents]]:
     exact = same([(c.messages, c.is_plain_text) for c in conversations[:num_train]])
     similar = alike(texts)
     prompts = [prompt_wording(c) for c in conversations]
+    policies = policy_losses(run.whole[TRAIN], run.data.encoder, run.data.limits)
     numbers = DataNumbers(
         run=run.name,
         version=__version__,
         problems=run.problems,
         settings=_settings(run),
+        limits=run.data.limits,
         sources=_sources(run),
         reports={key: read.split.report for key, read in run.data.read.items()},
         splits={name: _split(split) for name, split in run.data.splits.items()},
-        lengths=_lengths(run.whole[TRAIN], run.data.max_length),
-        policies=policy_losses(run.whole[TRAIN], run.data.encoder, run.limits),
+        lengths=_lengths(run.whole[TRAIN], policies),
+        policies=policies,
         exact=repetition(exact, texts, places),
         similar=repetition(within(similar, num_train), texts, places),
         overlap=(
@@ -152,6 +156,7 @@ def _settings(run: RunData) -> dict[str, Any]:
         "tokens put before the text": first[0][0].num_bos if first else 0,
         "padding token": {tokenizer.pad_token: tokenizer.pad_token_id},
         "data.max_length": data.max_length,
+        "data.max_target_length": data.max_target_length,
         "data.overlong": data.overlong,
         "data.max_lost_ratio": data.max_lost_ratio,
         "data.train_on": data.train_on,
@@ -167,9 +172,14 @@ def _sources(run: RunData) -> list[SourceNumbers]:
         whole = Counter(place.source for place in Documents(run.whole[key]).places)
         kept = Counter(place.source for place in split.places)
         for source, count in whole.items():
-            format = split.report.formats.get(source, "")
+            format = _format_of(source, split.report.formats)
             lines.append(SourceNumbers(key, source, format, count, kept[source]))
     return lines
+
+
+def _format_of(source: str, formats: Mapping[str, str]) -> str:
+    """The format of a file, which its source may name by a folder or a pattern."""
+    return formats.get(source) or "; ".join(dict.fromkeys(formats.values()))
 
 
 def _split(split: EncodedSplit) -> SplitNumbers:
@@ -178,7 +188,7 @@ def _split(split: EncodedSplit) -> SplitNumbers:
     return SplitNumbers(len(rows), tokens, trained, int(rows.lengths.max(initial=0)))
 
 
-def _lengths(whole: EncodedSplit, max_length: int) -> Lengths:
+def _lengths(whole: EncodedSplit, policies: list[PolicyLosses]) -> Lengths:
     lengths = whole.rows.lengths
     if not len(lengths):
         return Lengths([0, 1], [0], {}, 0)
@@ -188,5 +198,5 @@ def _lengths(whole: EncodedSplit, max_length: int) -> Lengths:
     percentiles = {
         str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in PERCENTILES
     }
-    too_long = int((lengths > max_length).sum())
+    too_long = next(p.num_left_out for p in policies if p.overlong == "drop")
     return Lengths(edges.tolist(), counts.tolist(), percentiles, too_long)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from qlora_pl.data.conversation import Conversation
-from qlora_pl.data.readers import Place
+from qlora_pl.data.places import Place
 from qlora_pl.inspection.wording import normalized
 
 SHOWN = 8
@@ -55,9 +55,10 @@ def _short_answer(conversation: Conversation) -> str | None:
 def _echo(conversation: Conversation) -> str | None:
     for asked, answer in pairwise(conversation.messages):
         is_close = 2 * len(asked.content) >= len(answer.content)  # most need no normalising
-        if answer.role == "assistant" and is_close and answer.content:
-            if normalized(asked.content) == normalized(answer.content):
-                return answer.content[: 2 * CONTEXT]
+        if answer.role != "assistant" or not is_close or not answer.content:
+            continue
+        if normalized(asked.content) == normalized(answer.content):
+            return answer.content[: 2 * CONTEXT]
     return None
 
 

@@ -26,6 +26,8 @@ def outcomes(report: DataReport) -> list[str]:
         "rows spell a control token, which is trained as text": report.num_spelling_control,
     }
     lines = [f"{count:,} {what}" for what, count in told.items() if count]
+    for source, reasons in report.left_out.items():
+        lines += [f"{source}: {n:,} messages left out: {why}" for why, n in reasons.items()]
     lines += [f"skipped: {row}" for row in report.skipped]
     return [*lines, *(f"without a trained token: {place}" for place in report.untrained)]
 
@@ -57,21 +59,18 @@ def _lines(numbers: DataNumbers) -> Iterator[str]:
 
 
 def _length_lines(numbers: DataNumbers) -> Iterator[str]:
-    max_length, budget = (
-        numbers.settings["data.max_length"],
-        numbers.settings["data.max_lost_ratio"],
-    )
     if not numbers.lengths.num_too_long:
-        yield f"lengths: no training row is longer than data.max_length {max_length:,}"
+        yield f"lengths: no training row is longer than {numbers.limits}"
         return
     lost = ", ".join(f"{p.overlong} {p.lost_ratio:.2%}" for p in numbers.policies)
     yield (
-        f"lengths: {numbers.lengths.num_too_long:,} training rows are longer than data.max_length "
-        f"{max_length:,}; trained tokens lost to each data.overlong: {lost}"
+        f"lengths: {numbers.lengths.num_too_long:,} training rows are longer than "
+        f"{numbers.limits}; trained tokens lost to each data.overlong: {lost}"
     )
     enough = next((p.sufficient_length for p in numbers.policies if p.is_chosen), None)
     if enough is not None:
-        yield f"lengths: data.max_length {enough:,} loses no more than {budget:.1%}"
+        budget = numbers.limits.max_lost_ratio
+        yield f"lengths: {numbers.limits.answer_key} {enough:,} loses no more than {budget:.1%}"
 
 
 def _repetition_lines(numbers: DataNumbers) -> Iterator[str]:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from qlora_pl.data.readers import Place
+from qlora_pl.data.places import Place
 from qlora_pl.inspection.drawings import LINES_SHOWN, batch_drawing, histogram
 from qlora_pl.inspection.numbers import DataNumbers
 from qlora_pl.inspection.outcomes import outcomes
@@ -107,8 +107,8 @@ def _sources(numbers: DataNumbers) -> str:
 
 
 def _lengths(numbers: DataNumbers) -> str:
-    lengths, settings = numbers.lengths, numbers.settings
-    budget = settings["data.max_lost_ratio"]
+    lengths = numbers.lengths
+    budget = numbers.limits.max_lost_ratio
     told = "; ".join(
         f"{'the longest' if p == '100' else f'{p} % up to'} {tokens:,}"
         for p, tokens in lengths.percentiles.items()
@@ -120,7 +120,7 @@ def _lengths(numbers: DataNumbers) -> str:
             "#share",
             "#rows left out",
             "#rows without an end",
-            f"#max_length for {budget:.1%}",
+            f"#{numbers.limits.answer_key.removeprefix('data.')} for {budget:.1%}",
         ),
         [
             (
@@ -136,12 +136,12 @@ def _lengths(numbers: DataNumbers) -> str:
         chosen=[p.is_chosen for p in numbers.policies],
     )
     return (
-        f'<div class="wide">{histogram(lengths, settings["data.max_length"])}</div>\n'
+        f'<div class="wide">{histogram(lengths, numbers.limits.max_length)}</div>\n'
         f"<p>Training rows by their tokens, before anything is cut: {told}. "
-        f"{lengths.num_too_long:,} are longer than <code>data.max_length</code>.</p>\n"
+        f"{lengths.num_too_long:,} are longer than <code>{numbers.limits}</code>.</p>\n"
         f"<p>What each way with long rows takes away at this length:</p>\n{table}\n"
         '<p class="note">Rows without an end are left of long rows and do not end in a stop token '
-        "that is trained. The last column is the smallest <code>data.max_length</code> that loses "
+        "that is trained. The last column is the smallest limit that loses "
         "no more than <code>data.max_lost_ratio</code> of the trained tokens; <code>split</code> "
         "keeps them at any length.</p>"
     )

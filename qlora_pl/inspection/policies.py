@@ -1,23 +1,28 @@
-"""What each ``data.overlong`` would take away at a run's ``max_length``, and which length would do.
+"""What each ``data.overlong`` would take away at a run's lengths, and which length would do.
 
-Long rows are encoded once more and fitted by the code that fits them for training, so the losses
+Long rows are encoded once more and fitted by the encoder that fits them for training, so the losses
 are exact; the length that keeps within the budget follows from where each trained token stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple, get_args
 
 import numpy as np
 
-from qlora_pl.data.audit import Limits, sufficient_length
+from qlora_pl.data.audit import sufficient_length
+from qlora_pl.data.chunks import trained_rows
+from qlora_pl.data.encoded_example import EncodedExample
 from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.encoding import TOKENIZER_CHUNK, EncodedExample, Encoder
-from qlora_pl.data.lengths import Overlong, fit_to_train
+from qlora_pl.data.encoding import TOKENIZER_CHUNK, Encoder
+from qlora_pl.data.lengths import Limits, Overlong
 from qlora_pl.data.preparation import EncodedSplit
 
 POLICIES: tuple[Overlong, ...] = tuple(p for p in get_args(Overlong) if p != "error")
+OF_PAIRS: tuple[Overlong, ...] = ("cut", "drop")
+"""Where question and answer have a limit each, there is no other way."""
 ROWS_AT_A_TIME = 4096
 
 
@@ -34,7 +39,7 @@ class PolicyLosses(NamedTuple):
     num_endless: int
     """Rows that are left of the long ones, without a stop token at their end."""
     sufficient_length: int | None
-    """The smallest ``max_length`` within the budget; None: any would do."""
+    """The smallest ``Limits.answer_key`` within the budget; None: any would do."""
     is_chosen: bool
 
 
@@ -47,17 +52,17 @@ def policy_losses(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> list
         limits: Those of the run.
     """
     num_trained = int(whole.rows.num_trained.sum())
-    long_examples = list(_long_examples(whole, encoder, limits.max_length))
-    num_bos = _num_bos(whole, encoder)
+    long_examples = list(_long_examples(whole, encoder, limits))
     lines = []
-    for policy in POLICIES:
+    for policy in POLICIES if limits.max_target_length is None else OF_PAIRS:
+        wanted = replace(limits, overlong=policy)
         lost = left_out = endless = 0
         for example in long_examples:
-            rows = fit_to_train(example, limits.max_length, policy, encoder.stop_ids)
+            rows = trained_rows(encoder.fit(example, wanted))
             lost += example.num_trained - sum(row.num_trained for row in rows)
             left_out += not rows
             endless += sum(not _ends_in_stop(row, encoder) for row in rows)
-        needed = _needed(whole.rows, policy, num_bos)
+        needed = _needed(whole, encoder, wanted)
         enough = None if needed is None else sufficient_length(needed, limits.max_lost_ratio)
         ratio = lost / num_trained if num_trained else 0.0
         is_chosen = policy == limits.overlong
@@ -66,18 +71,39 @@ def policy_losses(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> list
 
 
 def _long_examples(
-    whole: EncodedSplit, encoder: Encoder, max_length: int
+    whole: EncodedSplit, encoder: Encoder, limits: Limits
 ) -> Iterator[EncodedExample]:
-    long_rows = np.flatnonzero(whole.rows.lengths > max_length)
-    some = whole.select(long_rows).conversations.each()
+    dropping = replace(limits, overlong="drop")  # leaves nothing of what is too long
+    surely_short = min(limits.max_length, limits.max_target_length or limits.max_length)
+    for example in _examples(whole, encoder, surely_short):
+        if not encoder.fit(example, dropping):
+            yield example
+
+
+def _examples(whole: EncodedSplit, encoder: Encoder, longer_than: int) -> Iterator[EncodedExample]:
+    chosen = np.flatnonzero(whole.rows.lengths > longer_than)
+    some = whole.select(chosen).conversations.each()
     for start in range(0, len(some), TOKENIZER_CHUNK):
         for examples in encoder.encode(list(some[start : start + TOKENIZER_CHUNK])):
-            yield from (e for e in examples if len(e.input_ids) > max_length)
+            yield from examples
 
 
 def _ends_in_stop(row: EncodedExample, encoder: Encoder) -> bool:
     trained = np.flatnonzero(row.is_trained)
     return int(row.input_ids[trained[-1]]) in encoder.stop_ids
+
+
+# -- the length that would do ----------------------------------------------------------------------
+
+
+def _needed(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> np.ndarray | None:
+    """How many trained tokens need each limit to be kept; None: no token needs any."""
+    if limits.overlong == "split":
+        return None
+    if limits.max_target_length is None:
+        return needed_by_rows(whole.rows, limits.overlong, _num_bos(whole, encoder))
+    needed = [encoder.needed(example, limits) for example in _examples(whole, encoder, 0)]
+    return np.bincount(np.concatenate([np.zeros(0, np.int64), *needed]), minlength=1)
 
 
 def _num_bos(whole: EncodedSplit, encoder: Encoder) -> int:
@@ -87,13 +113,18 @@ def _num_bos(whole: EncodedSplit, encoder: Encoder) -> int:
     return encoder.encode([whole.conversations[0]])[0][0].num_bos
 
 
-def _needed(rows: EncodedRows, policy: Overlong, num_bos: int) -> np.ndarray | None:
-    """How many trained tokens need each ``max_length`` to be kept; None: no token needs any."""
-    if policy == "split":
-        return None
+def needed_by_rows(rows: EncodedRows, policy: Overlong, num_bos: int) -> np.ndarray:
+    """The histogram of ``lengths.needed_lengths`` over many rows at once.
+
+    Args:
+        rows: Before they are cut.
+        policy: Any but ``split``, where no token needs a length.
+        num_bos: Tokens before the text of each row.
+    """
     needed = np.zeros(int(rows.lengths.max(initial=0)) + 1, np.int64)
-    if policy == "drop":
-        return needed + np.bincount(rows.lengths, rows.num_trained, len(needed)).astype(np.int64)
+    if policy in ("drop", "error"):
+        np.add.at(needed, rows.lengths, rows.num_trained)
+        return needed
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         some = rows.select(range(start, min(start + ROWS_AT_A_TIME, len(rows)))).compact()
         row_of = np.repeat(np.arange(len(some)), some.lengths)[some.is_trained]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from qlora_pl.data.readers import Place
+from qlora_pl.data.places import Place
 from qlora_pl.inspection.duplicates import SIMILAR, WORDS, Group
 
 SHOWN = 10
@@ -101,7 +101,7 @@ def overlap(
         num_train: How many of them are trained on.
         places: Their files and row numbers.
     """
-    first_with = {
+    first_with: dict[str, dict[Any, int]] = {
         "the whole row": _firsts(texts[:num_train]),
         "nearly the whole row": {
             row: group.members[0]
@@ -112,11 +112,11 @@ def overlap(
         "the prompt": _firsts(prompts[:num_train]),
     }
     counts: Counter[str] = Counter()
-    examples = []
+    examples: list[tuple[str, str, str]] = []
     for row in range(num_train, len(texts)):
         keys = (texts[row], row, prompts[row])
         shared = {
-            what: others[key]  # type: ignore[index]
+            what: others[key]
             for (what, others), key in zip(first_with.items(), keys, strict=True)
             if key in others
         }
@@ -124,7 +124,8 @@ def overlap(
         if shared and len(examples) < SHOWN:
             what, other = next(iter(shared.items()))
             examples.append((str(places[row]), str(places[other]), what))
-    return Overlap(len(texts) - num_train, *(counts[what] for what in first_with), examples)
+    same_row, similar_row, same_prompt = (counts[what] for what in first_with)
+    return Overlap(len(texts) - num_train, same_row, similar_row, same_prompt, examples)
 
 
 def _firsts(texts: Sequence[str]) -> dict[str, int]:

@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_pl.cli import read_runs, settings
-from qlora_pl.data.audit import Limits
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.data.preparation import EncodedSplit, prepare_split
-from qlora_pl.data.readers import Place
-from qlora_pl.files import cache_root
+from qlora_pl.data.places import Place
+from qlora_pl.data.preparation import EncodedSplit
 
 TRAIN, VAL = "data.sources", "data.val_sources"
 
@@ -33,15 +31,6 @@ class RunData(NamedTuple):
     problems: list[str]
     """Why ``fit`` would not start on these rows."""
 
-    @property
-    def limits(self) -> Limits:
-        """How long rows may be, and how much may be lost to that."""
-        return Limits(
-            max_length=self.data.max_length,
-            overlong=self.data.overlong,  # type: ignore[arg-type]
-            max_lost_ratio=self.data.max_lost_ratio,
-        )
-
 
 def read_run(words: list[str]) -> RunData:
     """Parse what ``fit`` would be given, and read its rows.
@@ -54,15 +43,7 @@ def read_run(words: list[str]) -> RunData:
     model: dict[str, Any] = settings(run.model)
     data = InstructionDataModule(**settings(run.data) | {"num_workers": 0})
     problems = data.setup_alone(model, run.trainer.accumulate_grad_batches)
-    root = cache_root(model["cache_dir"]) if data.cache else None
-    whole = {}
-    for key, (sources, split) in data.read.items():
-        whole[key] = split
-        if split.report.longest > data.max_length:
-            limits = Limits(max_length=split.report.longest, max_lost_ratio=1.0)
-            whole[key] = prepare_split(
-                sources, data.encoder, limits, key, root, data.encoding_processes, noted=[]
-            )
+    whole = {key: data.whole_rows(key) for key in data.read}
     return RunData(str(run.run.name), data, whole, problems)
 
 

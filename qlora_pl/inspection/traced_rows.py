@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_pl.data.audit import Limits
-from qlora_pl.data.encoding import EncodedExample, Encoder, TracedExample
-from qlora_pl.data.lengths import fit_to_train
-from qlora_pl.data.readers import Place
+from qlora_pl.data.chunks import trained_rows
+from qlora_pl.data.encoded_example import EncodedExample, TracedExample
+from qlora_pl.data.encoding import Encoder
+from qlora_pl.data.lengths import Limits
+from qlora_pl.data.places import Place
 from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.inspection.odd_rows import OddKind
 from qlora_pl.inspection.run_data import Documents
@@ -100,10 +101,10 @@ def _telling(
         return
     yield Choice("train", 0, "the first row")
     yield Choice("train", int(np.argmax(rows.lengths)), "the longest row")
-    long_rows = np.flatnonzero(rows.lengths > max_length)
+    long_rows = np.flatnonzero(rows.lengths > max_length).tolist()
     lost = [int((rows[row][1][max_length:] >= 0).sum()) for row in long_rows]
     if any(lost):
-        yield Choice("train", int(long_rows[np.argmax(lost)]), "most of its answer is too far back")
+        yield Choice("train", long_rows[int(np.argmax(lost))], "most of its answer is too far back")
     if odd:
         at = _by_place(documents)
         for kind in odd[:ODD_KINDS_SHOWN]:
@@ -176,7 +177,7 @@ def kept_positions(example: EncodedExample, limits: Limits, encoder: Encoder) ->
     # Weights go wherever their tokens go: here each is its token's place.
     places = np.arange(len(example.input_ids), dtype=np.int64)
     numbered = example._replace(weights=places)
-    rows = fit_to_train(numbered, limits.max_length, limits.overlong, encoder.stop_ids)
+    rows = trained_rows(encoder.fit(numbered, limits))
     return [row.weights for row in rows if row.weights is not None]
 
 

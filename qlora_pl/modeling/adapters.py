@@ -53,6 +53,9 @@ class LoRAConfig:
     that fit a module the first counts."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas of some modules, named as in ``rank_pattern``."""
+    trainable_tokens: list[str] = field(default_factory=list)
+    """Tokens whose rows of the embedding (and of a head of its own) are trained and saved too, for
+    a template whose markers the base has never seen."""
     init: Literal["kaiming", "gaussian", "eva", "pissa", "olora", "corda", "loftq"] = "kaiming"
     """How A starts; B starts at zero, so that training starts at the base. ``kaiming`` (uniform)
     and ``gaussian`` are random; ``eva``: the directions in which the first rows' activations vary
@@ -97,6 +100,8 @@ class LoRAConfig:
                 f"model.lora.init: {self.init} has no effect with init_from, which brings A and B; "
                 "remove one of them."
             )
+        if not self.has_adapters and self.trainable_tokens:
+            problems.append("model.lora.trainable_tokens: method none trains every row; remove it.")
         if not self.has_adapters and self.init_from is not None:
             problems.append("model.lora.init_from: there is no adapter with method: none.")
         if problems:

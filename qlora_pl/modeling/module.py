@@ -61,7 +61,7 @@ from qlora_pl.modeling.step import (
     sum_over_step,
 )
 from qlora_pl.modeling.summary import summarize
-from qlora_pl.modeling.vocabulary import check_vocabulary, grow_vocabulary
+from qlora_pl.modeling.vocabulary import check_vocabulary, grow_vocabulary, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ class QLoRAModule(LightningModule):
             self.start = find_start(self.lora, self.identity, targets)
         if self._tokenizer is not None:
             check_vocabulary(self._tokenizer, skeleton, self.grow_vocabulary)
+            rows_of(skeleton, self._tokenizer, self.lora.trainable_tokens)
         warn_of_high_rate(self.optimizer_config.lr, skeleton)
 
     @property
@@ -194,6 +195,9 @@ class QLoRAModule(LightningModule):
         grows = self.grow_vocabulary and self._tokenizer is not None
         new_rows = grow_vocabulary(self.base.model, len(self._tokenizer)) if grows else {}
         self.vocabulary_size = len(self._tokenizer) if new_rows else None
+        if self.lora.trainable_tokens:
+            chosen = rows_of(self.base.model, self._tokenizer, self.lora.trainable_tokens)
+            new_rows = {name: [*chosen[name], *new_rows.get(name, [])] for name in chosen}
         if self.lora.has_adapters:
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
             self.model = attach_adapters(self.base.model, self.lora, seed, new_rows)

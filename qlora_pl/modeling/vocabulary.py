@@ -6,12 +6,13 @@ a vocabulary grows only when asked to, and then the new rows, and they alone, ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from qlora_pl.errors import ConfigurationError
+from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.modeling.structure import head_name
 
 
@@ -52,6 +53,23 @@ def grow_vocabulary(model: Any, num_tokens: int) -> dict[str, list[int]]:
             module.weight[rows:] = mean
     model.requires_grad_(False)
     return {name: list(range(rows, num_tokens)) for name in holders}
+
+
+def rows_of(model: Any, tokenizer: Any, tokens: Sequence[str]) -> dict[str, list[int]]:
+    """The ids of these tokens by the name of each module that has rows for them.
+
+    Raises:
+        ConfigurationError: naming a token that the tokenizer does not have.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in vocabulary:
+            raise ConfigurationError(
+                f"model.lora.trainable_tokens: '{token}' is no token of "
+                f"'{tokenizer.name_or_path}'{did_you_mean(token, tokenizer.get_added_vocab())}"
+            )
+    ids = sorted({vocabulary[token] for token in tokens})
+    return dict.fromkeys(_holders(model), ids) if ids else {}
 
 
 def _embedding(model: Any) -> Any:

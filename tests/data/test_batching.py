@@ -27,8 +27,8 @@ from qlora_pl.data.batching import (
     collate_prompts,
     epoch_steps,
 )
+from qlora_pl.data.encoded_example import EncodedExample
 from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.encoding import EncodedExample
 
 PAD = 0
 

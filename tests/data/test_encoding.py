@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.conversation import Conversation, Message
+from qlora_pl.data.encoded_example import EncodedExample
 from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.encoding import EncodedExample, Encoder
+from qlora_pl.data.encoding import Encoder
 from qlora_pl.data.template_loading import load_template
 from qlora_pl.data.template_texts import TEXT_TEMPLATES
 from qlora_pl.data.tokenizer import load_tokenizer

@@ -8,7 +8,8 @@ import pytest
 from toy_tokenizers import TEXTS, asked
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.formats import FORMATS, SPEAKERS, RowError, guess_format
+from qlora_pl.data.formats import FORMATS, RowError, guess_format
+from qlora_pl.data.turns import SPEAKERS
 from qlora_pl.errors import ConfigurationError
 
 ROWS: list[tuple[str, dict[str, Any], Conversation]] = [
@@ -73,8 +74,17 @@ def test_no_format_touches_a_character_of_the_text(text: str):
         "text": {"text": text},
         "messages": {"messages": [{"role": role, "content": text} for role in ("user", "bot")]},
         "sharegpt": {"conversations": [{"from": by, "value": text} for by in ("human", "gpt")]},
+        "vicuna": {"conversations": [{"from": by, "value": text} for by in ("human", "gpt")]},
+        "oasst": {"messages": [{"role": role, "content": text} for role in ("user", "bot")]},
+        "dolly": {"instruction": text, "context": text, "response": text},
+        "natural-instructions": {"definition": text, "inputs": text, "targets": text},
+        "inputs-targets": {"inputs": text, "targets": text},
+        "source-target": {"source": text, "target": text},
+        "unnatural-instructions": {"instruction_with_input": text, "output": text},
+        "unnatural-instructions-full": {"instruction_with_input": text, "output": text},
     }
-    assert set(rows) == set(FORMATS) - {"guanaco"}  # whose turns are cut out of one text
+    cut = {"guanaco", "chip2", "hh-rlhf"}  # whose turns are cut out of one text
+    assert set(rows) == set(FORMATS) - cut
     for name, row in rows.items():
         for message in FORMATS[name].convert(row).messages:
             assert message.content == text
@@ -91,7 +101,19 @@ def test_no_format_touches_a_character_of_the_text(text: str):
         (["question", "answer"], ("question-answer", None)),
         (["input", "output"], ("input-output", None)),
         (["messages", "prompt", "response"], ("messages", "prompt-response")),
-        (["conversations"], ("sharegpt", None)),
+        (["conversations"], ("sharegpt", "vicuna")),
+        (["instruction", "context", "response", "category"], ("dolly", None)),
+        (["inputs", "targets", "task"], ("inputs-targets", None)),
+        (["definition", "inputs", "targets"], ("natural-instructions", "inputs-targets")),
+        (["source", "target"], ("source-target", None)),
+        (["chosen", "rejected"], ("hh-rlhf", None)),
+        (["message_id", "parent_id", "text", "role", "lang"], ("oasst", "text")),
+        (["message_tree_id", "tree_state", "prompt"], ("oasst", None)),
+        (["instruction", "instances"], ("unnatural-instructions", None)),
+        (
+            ["instruction", "instances", "reformulations"],
+            ("unnatural-instructions", "unnatural-instructions-full"),
+        ),
         (["text"], ("text", "guanaco")),
     ],
 )
@@ -116,8 +138,8 @@ def test_unknown_columns_are_listed_with_what_would_fit():
             {"instruction": "q", "response": "a", "context": "c"},
             "no 'output' field; found 'instruction', 'response', 'context'",
         ),
-        ("alpaca", {"instruction": "q", "output": None}, "no 'output' field; found 'instruction'"),
-        ("text", {"text": None}, "no 'text' field; found nothing"),
+        ("alpaca", {"instruction": "q", "output": None}, "'output' is null; found 'instruction'"),
+        ("text", {"text": None}, "'text' is null; found nothing"),
         (
             "prompt-response",
             {"prompt": "q", "response": 5},
@@ -130,15 +152,19 @@ def test_unknown_columns_are_listed_with_what_would_fit():
         (
             "messages",
             {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]},
-            "'messages' item 2 is from 'tool'; known: system, user",
+            "'messages' item 2 is from 'tool' and calls a tool or answers for it",
         ),
-        ("messages", {"messages": [{"content": "q"}]}, "'messages' item 1 is from 'None'"),
+        ("messages", {"messages": [{"content": "q"}]}, "'messages' item 1 has no 'role'"),
         (
             "messages",
             {"messages": [{"role": "user", "content": None}]},
-            "no 'content' field; found 'role'",
+            "'messages' item 1: 'content' is null; found 'role'",
         ),
-        ("sharegpt", {"conversations": [{"from": "gpt"}]}, "no 'value' field; found 'from'"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "gpt"}]},
+            "'conversations' item 1: no 'value' field; found 'from'",
+        ),
         (
             "prompt-response",
             {"prompt": "q", "response": "half a pair \ud83d"},
@@ -174,7 +200,7 @@ def test_a_long_value_is_quoted_in_part():
         ),
         (
             Conversation((Message("user", "q"), Message("system", "s"), Message("assistant", "a"))),
-            "message 2 is from 'system', expected 'assistant'",
+            "message 2 is from 'system', which only the first may be",
         ),
     ],
 )

@@ -154,8 +154,8 @@ def test_a_bad_line_of_jsonl_is_named_by_its_number(tmp_path: Path):
             "{'prompt': 1}",
             "FILE, row 3: not JSON (Expecting property name enclosed in double quotes",
         ),
-        ('["a list"]', "FILE, row 3: expected a mapping of columns, got ['a list']."),
-        ("null", "FILE, row 3: expected a mapping of columns, got None."),
+        ('["a list"]', "FILE, row 3: expected a mapping of columns, got ['a list']. Mend"),
+        ("null", "FILE, row 3: expected a mapping of columns, got None. Mend"),
         ('{"a": 1}{"b": 2}', "FILE, row 3: not JSON (Extra data, column 9)"),
         ("[" * 100_000, "FILE, row 3: not JSON"),
         ('{"a": ' + "1" * 5000 + "}", "FILE, row 3: not JSON"),
@@ -163,21 +163,26 @@ def test_a_bad_line_of_jsonl_is_named_by_its_number(tmp_path: Path):
         path.write_text(f'{{"a": 1}}\n\n{line}\n{{"a": 2}}\n')
         assert sentence(path).startswith(expected)
     path.write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
-    assert sentence(path) == "FILE, row 2: not UTF-8 (byte 7); convert it."
+    assert sentence(path) == "FILE, row 2: not UTF-8 (byte 7); save the file as UTF-8."
 
 
 def test_bad_json_is_named_by_its_line(tmp_path: Path):
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1},\n{"a": 2}\n{"a": 3}]')
-    assert sentence(path) == "FILE: not JSON (Expecting ',' delimiter, line 3, column 1)."
+    assert sentence(path) == "FILE: not JSON (Expecting ',' delimiter, line 3, column 1); mend it."
     path.write_text('{"a": 1}\n{"a": 2}\n')
     assert sentence(path) == (
         "FILE: not JSON (Extra data, line 2, column 1); name a file with one row a line .jsonl."
     )
     path.write_text('{"a": 1}')
-    assert sentence(path) == "FILE: expected a list of rows, got dict."
+    assert sentence(path) == (
+        "FILE: expected a list of rows, got dict; write [ROW, ROW], or one row a line in a .jsonl "
+        "file."
+    )
     path.write_text('[{"a": 1}, "b"]')
-    assert sentence(path) == "FILE, row 2: expected a mapping of columns, got 'b'."
+    assert sentence(path) == (
+        "FILE, row 2: expected a mapping of columns, got 'b'. Mend or remove the row."
+    )
 
 
 def test_a_bad_row_of_csv_is_named(tmp_path: Path):
@@ -193,7 +198,7 @@ def test_a_bad_row_of_csv_is_named(tmp_path: Path):
         path.write_text(text)
         assert sentence(path).startswith(expected)
     path.write_bytes(b"a,b\n1,\xe9\n")
-    assert sentence(path) == "FILE: not UTF-8 (byte 6); convert it."
+    assert sentence(path) == "FILE, row 1: not UTF-8 (byte 2); save the file as UTF-8."
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path):
@@ -283,8 +288,9 @@ def test_something_else_among_rows_in_memory_is_named():
         ("[a.jsonl", "data.x: '[a.jsonl' is not a list that YAML reads"),
         (
             {"path": "a.jsonl", "fromat": "alpaca"},
-            "data.x: a source has no setting 'fromat' (known: path, split, subset, revision, "
-            "format, columns, limit); did you mean 'format'?",
+            "data.x: a source has no setting 'fromat' (known: path, dataset, split, subset, "
+            "revision, file, format, columns, limit, sample, sample_seed, weight, languages, "
+            "replies, documents); did you mean 'format'?",
         ),
         ([{"path": 3}], "data.x: {'path': 3} has no path; write path: FILE."),
         ({"path": "a", "limit": 0}, "data.x (a): limit must be at least 1, got 0."),
@@ -334,22 +340,25 @@ def test_what_cannot_be_read_is_found_without_reading(
 ):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "alpaca.jsonl", ROWS)
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.doc").write_text("x")
     (tmp_path / "folder").mkdir()
     for path, problem in (
         ("alpaca.jsonl", None),
-        ("alpca.jsonl", "data.x: no file 'alpca.jsonl'; did you mean 'alpaca.jsonl'?."),
+        ("alpca.jsonl", "data.x: no file 'alpca.jsonl'; did you mean 'alpaca.jsonl'?"),
         ("no/such/file.jsonl", "data.x: no file 'no/such/file.jsonl'."),
         ("./nothing", "data.x: no file './nothing'."),
-        ("folder", "data.x: 'folder' is a folder; name a file in it."),
-        ("notes.txt", "data.x: 'notes.txt' is none of .json, .jsonl, .csv, .parquet."),
+        ("folder", "data.x: 'folder' holds no data file (.json, "),
+        ("notes.doc", "data.x: 'notes.doc' is none of .json, "),
+        ("alpaca", "data.x: a dataset that is known by name is written {dataset: alpaca}."),
+        ("*.csv", "data.x: no file matches '*.csv'; check the pattern."),
+        ("https://example.org/a.jsonl", "data.x: 'https://example.org/a.jsonl' is an address; "),
         ("", "data.x: the path is empty; name a file."),
         ("tatsu-lab/alpaca", None),
         ("imdb", None),
     ):
-        expected = [] if problem is None else [problem.replace("?.", "?")]
         found = RowSources.parse(path).problems("data.x")
-        assert [sentence.replace("?.", "?") for sentence in found] == expected
+        assert len(found) == (problem is not None)
+        assert all(sentence.startswith(str(problem)) for sentence in found)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +406,7 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_one_sentence(hub: list[tuple[Any
         read("someone/else")
     assert str(caught.value) == (
         "data.sources: dataset 'someone/else' (split 'train') could not be loaded (no such "
-        "dataset)."
+        "dataset); check its name and the network, or download it and name its path."
     )
 
 

@@ -32,9 +32,12 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tokenizer(base: Path, tmp_path: Path) -> Path:
-    """The base's with three tokens more, of which one has a row already."""
+    """The base's with three tokens more, of which one has a row already.
+
+    Not special ones: those would be ordinary text where a row writes them.
+    """
     more = AutoTokenizer.from_pretrained(base)
-    more.add_tokens(["<|one|>", "<|two|>", "<|three|>"], special_tokens=True)
+    more.add_tokens(["<|one|>", "<|two|>", "<|three|>"])
     assert len(more) == ROWS + 2
     more.save_pretrained(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
@@ -48,16 +51,24 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def fit(folder: Path, base: Path, tokenizer: Path, rows: Path, **settings: Any) -> QLoRAModule:
+def fit(
+    folder: Path,
+    base: Path,
+    tokenizer: Path,
+    rows: Path,
+    trains: tuple[str, ...] = (),
+    template: Any = "auto",
+    **settings: Any,
+) -> QLoRAModule:
     seed_everything(0)
     module = QLoRAModule(
         str(base),
-        lora=LoRAConfig(r=4),
+        lora=LoRAConfig(r=4, trainable_tokens=list(trains)),
         optimizer=OptimizerConfig(lr=1.0e-2),
         quantization=QuantizationConfig(compute_dtype="float32"),
         **settings,
     )
-    data = make_data(rows, tokenizer=str(tokenizer), batch_size=4)
+    data = make_data(rows, tokenizer=str(tokenizer), batch_size=4, template=template)
     make_trainer(folder).fit(module, data)
     return module
 
@@ -93,3 +104,35 @@ def test_new_rows_are_trained_saved_alone_and_reloaded_by_plain_peft(
         reloaded = reload_with_plain_peft(folder).eval()(input_ids=ids).logits
     assert expected.shape[-1] == 392
     torch.testing.assert_close(reloaded, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+STOPS_ELSEWHERE = {"question": "{content}", "answer": " {content}", "stop": "<|im_start|>"}
+
+
+def test_an_unknown_stop_token_is_refused_until_its_row_is_trained(base, rows, tmp_path):
+    """The row moves, all others stay, and plain PEFT loads both. Logits: 1e-5, as above."""
+    with pytest.raises(ConfigurationError, match=r"trainable_tokens \['<\|im_start\|>'\]"):
+        fit(tmp_path / "run", base, base, rows, template=STOPS_ELSEWHERE)
+    trains = ("<|im_start|>",)
+    module = fit(tmp_path / "run", base, base, rows, trains, STOPS_ELSEWHERE)
+    folder = tmp_path / "run" / "adapter"
+    stored = load_file(folder / "adapter_model.safetensors")
+    rows_of_token = {name: t for name, t in stored.items() if "lora_" not in name}
+    is_tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+    assert [t.shape for t in rows_of_token.values()] == [(1, 64)] * (1 if is_tied else 2)
+    holder = "embed_tokens" if is_tied else "lm_head"  # nothing follows it, so that it is no input
+    weights = load_file(base / "model.safetensors")
+    start = next(t for name, t in weights.items() if holder in name)[3].float()
+    (moved,) = [t for name, t in rows_of_token.items() if holder in name]
+    assert not torch.allclose(moved[0], start, atol=1e-3)
+    ids = torch.tensor([[5, 3, 6, 4, 7]])
+    assert module.model is not None
+    with torch.no_grad():
+        expected = module.model.eval()(input_ids=ids, use_cache=False).logits
+        reloaded = reload_with_plain_peft(folder).eval()(input_ids=ids).logits
+    torch.testing.assert_close(reloaded, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_token_that_is_none_is_named_before_weights_are_loaded(base, rows, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"'<\|im_ends\|>' is no token .* did you mean"):
+        fit(tmp_path / "run", base, base, rows, trains=("<|im_ends|>",))
