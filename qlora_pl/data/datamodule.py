@@ -37,7 +37,7 @@ from qlora_pl.data.sources import NO_ROWS, RowSources
 from qlora_pl.data.stop_tokens import check_stop_token, known_stop_tokens
 from qlora_pl.data.template_loading import load_template
 from qlora_pl.data.tokenizer import load_tokenizer
-from qlora_pl.errors import CheckpointError, ConfigurationError, QLoRAError
+from qlora_pl.errors import CheckpointError, ConfigurationError, DatasetFormatError, QLoRAError
 from qlora_pl.files import cache_root
 
 logger = logging.getLogger(__name__)
@@ -306,8 +306,16 @@ class InstructionDataModule(LightningDataModule):
         self, sources: RowSources, key: str, limits: Limits, noted: list[str] | None
     ) -> EncodedSplit:
         folder = cache_root(self._model_attribute("cache_dir")) if self.cache else None
-        processes = self.encoding_processes
-        return prepare_split(sources, self.encoder, limits, key, folder, processes, noted=noted)
+        arguments = (key, folder, self.encoding_processes)
+        try:
+            return prepare_split(sources, self.encoder, limits, *arguments, noted=noted)
+        except (ConfigurationError, DatasetFormatError) as error:
+            if noted is None:
+                raise
+            noted += str(error).splitlines()  # and on with the rows that are not to blame
+        if limits.overlong == "error":
+            limits = replace(limits, overlong="drop")
+        return prepare_split(sources, self.encoder, limits, *arguments, "skip", noted)
 
     def _hub_split(self, names: Sequence[str]) -> RowSources:
         """The first of these splits that a Hub dataset of the training sources has, or nothing."""

@@ -16,7 +16,8 @@ LINE_HEIGHT = 14
 
 def histogram(lengths: Lengths, max_length: int) -> str:
     """Rows by their number of tokens, with the cut-off; bars beyond it are in another colour."""
-    end = max(lengths.edges[-1], max_length + 1)
+    width = lengths.edges[1] - lengths.edges[0]
+    end = max(lengths.edges[-2] + width, max_length + 1)
     across = (WIDTH - LEFT - RIGHT) / end
     most = max(max(lengths.counts), 1)
     floor = HEIGHT - BOTTOM
@@ -36,12 +37,17 @@ def histogram(lengths: Lengths, max_length: int) -> str:
         title = f"{first:,} to {after - 1:,} tokens: {count:,} rows"
         parts.append(
             f'<rect class="{kind}" x="{LEFT + first * across:.1f}" y="{floor - height:.1f}" '
-            f'width="{max((after - first) * across - 1, 1):.1f}" height="{height:.1f}">'
+            f'width="{max(width * across - 1, 1):.1f}" height="{height:.1f}">'
             f"<title>{title}</title></rect>"
         )
     for tick in _ticks(end):
         x = LEFT + tick * across
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick:,}</text>')
+    if lengths.edges[-1] > lengths.edges[-2] + width:
+        parts.append(
+            f'<text x="{WIDTH - RIGHT}" y="{floor - 8}" text-anchor="end">'
+            f"{lengths.edges[-2]:,} and longer: {lengths.counts[-1]:,}</text>"
+        )
     x = LEFT + max_length * across
     anchor = "end" if x > WIDTH / 2 else "start"
     shift = -6 if anchor == "end" else 6

@@ -52,7 +52,8 @@ class Lengths(NamedTuple):
     """Tokens of the rows before ``data.max_length``."""
 
     edges: list[int]
-    """Of the bins: bin i counts lengths from ``edges[i]`` to ``edges[i + 1] - 1``."""
+    """Of the bins: bin i counts lengths from ``edges[i]`` to ``edges[i + 1] - 1``; the last one may
+    be wider than the others."""
     counts: list[int]
     percentiles: dict[str, int]
     num_too_long: int
@@ -119,7 +120,7 @@ def measure(run: RunData) -> tuple[DataNumbers, dict[str, Documents]]:
         sources=_sources(run),
         reports={key: read.split.report for key, read in run.data.read.items()},
         splits={name: _split(split) for name, split in run.data.splits.items()},
-        lengths=_lengths(run.whole[TRAIN], policies),
+        lengths=_lengths(run.whole[TRAIN], policies, run.data.max_length),
         policies=policies,
         exact=repetition(exact, texts, places),
         similar=repetition(within(similar, num_train), texts, places),
@@ -188,15 +189,19 @@ def _split(split: EncodedSplit) -> SplitNumbers:
     return SplitNumbers(len(rows), tokens, trained, int(rows.lengths.max(initial=0)))
 
 
-def _lengths(whole: EncodedSplit, policies: list[PolicyLosses]) -> Lengths:
+def _lengths(whole: EncodedSplit, policies: list[PolicyLosses], max_length: int) -> Lengths:
     lengths = whole.rows.lengths
     if not len(lengths):
         return Lengths([0, 1], [0], {}, 0)
-    width = -(-(int(lengths.max()) + 1) // NUM_BINS)
-    edges = np.arange(0, int(lengths.max()) + width + 1, width)
-    counts = np.histogram(lengths, edges)[0]
     percentiles = {
         str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in PERCENTILES
     }
+    longest = int(lengths.max())
+    # A few rows that are much longer than all others would leave one bar for these.
+    end = min(longest, max(2 * max_length, percentiles["99"] * 5 // 4))
+    width = -(-(end + 1) // NUM_BINS)
+    edges = np.arange(0, end + width + 1, width)
+    edges[-1] = max(edges[-1], longest + 1)
+    counts = np.histogram(lengths, edges)[0]
     too_long = next(p.num_left_out for p in policies if p.overlong == "drop")
     return Lengths(edges.tolist(), counts.tolist(), percentiles, too_long)

@@ -11,23 +11,21 @@ from qlora_pl.inspection.numbers import DataNumbers
 def outcomes(report: DataReport) -> list[str]:
     """One line for each thing that happened to rows on their way; empty if all are kept whole."""
     told = {
-        "rows were bad and are skipped": report.num_skipped,
-        "rows are cut": report.num_cut,
-        "rows are split into pieces": report.num_split,
-        "rows are left out": report.num_dropped,
-        "of these have no trained token": report.num_untrained,
-        "conversations became a row for each answer": report.num_unrolled,
-        "trained tokens do not fit into data.max_length": report.num_lost_tokens,
-        "answers do not end in a stop token that is trained": report.num_unstopped,
-        "tokens cover the end of a prompt and the start of its answer at once": (
-            report.num_straddling
-        ),
-        "messages lost spaces at an end to the template": report.num_trimmed,
-        "rows spell a control token, which is trained as text": report.num_spelling_control,
+        "bad rows, skipped": report.num_skipped,
+        "rows cut": report.num_cut,
+        "rows split into pieces": report.num_split,
+        "rows left out": report.num_dropped,
+        "of these without a trained token": report.num_untrained,
+        "conversations of which each answer became a row": report.num_unrolled,
+        "trained tokens that do not fit": report.num_lost_tokens,
+        "answers that do not end in a trained stop token": report.num_unstopped,
+        "tokens that cover a prompt's end and its answer's start": report.num_straddling,
+        "messages that lost spaces at an end to the template": report.num_trimmed,
+        "rows that spell a control token, trained as text": report.num_spelling_control,
     }
-    lines = [f"{count:,} {what}" for what, count in told.items() if count]
+    lines = [f"{what}: {count:,}" for what, count in told.items() if count]
     for source, reasons in report.left_out.items():
-        lines += [f"{source}: {n:,} messages left out: {why}" for why, n in reasons.items()]
+        lines += [f"{source}: messages left out ({why}): {n:,}" for why, n in reasons.items()]
     lines += [f"skipped: {row}" for row in report.skipped]
     return [*lines, *(f"without a trained token: {place}" for place in report.untrained)]
 
@@ -55,7 +53,7 @@ def _lines(numbers: DataNumbers) -> Iterator[str]:
     yield from _length_lines(numbers)
     yield from _repetition_lines(numbers)
     for kind in numbers.odd:
-        yield f"odd: {kind.num_rows:,} rows, {kind.name} (first: {kind.examples[0][0]})"
+        yield f"odd: {kind.name}: {kind.num_rows:,} (first: {kind.examples[0][0]})"
 
 
 def _length_lines(numbers: DataNumbers) -> Iterator[str]:
@@ -64,8 +62,8 @@ def _length_lines(numbers: DataNumbers) -> Iterator[str]:
         return
     lost = ", ".join(f"{p.overlong} {p.lost_ratio:.2%}" for p in numbers.policies)
     yield (
-        f"lengths: {numbers.lengths.num_too_long:,} training rows are longer than "
-        f"{numbers.limits}; trained tokens lost to each data.overlong: {lost}"
+        f"lengths: training rows longer than {numbers.limits}: {numbers.lengths.num_too_long:,}; "
+        f"trained tokens lost to each data.overlong: {lost}"
     )
     enough = next((p.sufficient_length for p in numbers.policies if p.is_chosen), None)
     if enough is not None:
@@ -76,12 +74,12 @@ def _length_lines(numbers: DataNumbers) -> Iterator[str]:
 def _repetition_lines(numbers: DataNumbers) -> Iterator[str]:
     exact, similar, overlap = numbers.exact, numbers.similar, numbers.overlap
     yield (
-        f"duplicates: {exact.num_rows:,} training rows in {exact.num_groups:,} groups of exact "
-        f"ones, {similar.num_rows:,} in {similar.num_groups:,} groups of near ones"
+        f"duplicates: exact: {exact.num_rows:,} training rows (groups: {exact.num_groups:,}); "
+        f"near: {similar.num_rows:,} (groups: {similar.num_groups:,})"
     )
     if overlap is not None:
         yield (
-            f"overlap: of {overlap.num_val:,} validation rows {overlap.num_same_row:,} are a "
-            f"training row, {overlap.num_similar_row:,} are one or nearly, "
-            f"{overlap.num_same_prompt:,} have a training row's prompt"
+            f"overlap: of {overlap.num_val:,} validation rows also in training: the whole row "
+            f"{overlap.num_same_row:,}, nearly {overlap.num_similar_row:,}, the prompt "
+            f"{overlap.num_same_prompt:,}"
         )

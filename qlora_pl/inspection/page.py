@@ -6,6 +6,7 @@ Everything that comes from the data or the configuration is escaped on its way i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -20,6 +21,7 @@ from qlora_pl.inspection.repetition import DEFINITIONS, Repetition
 from qlora_pl.inspection.token_markup import tokens_markup
 from qlora_pl.inspection.traced_rows import ShownRow
 
+INVISIBLE = re.compile("[\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 SECTIONS = {
     "sources": "Sources",
     "lengths": "Lengths",
@@ -98,12 +100,12 @@ def _sources(numbers: DataNumbers) -> str:
         ],
     )
     lines = [
-        f"<p><code>{key}</code>: {_list(map(escape, told))}</p>"
+        f"<div><code>{key}</code>: {_list(map(escape, told))}</div>"
         if (told := outcomes(report))
-        else f"<p><code>{key}</code>: every row is kept whole.</p>"
+        else f"<div><code>{key}</code>: every row is kept whole.</div>"
         for key, report in numbers.reports.items()
     ]
-    return table + "\n".join(lines).replace("<p>", "<div>").replace("</p>", "</div>")
+    return table + "\n".join(lines)
 
 
 def _lengths(numbers: DataNumbers) -> str:
@@ -138,7 +140,7 @@ def _lengths(numbers: DataNumbers) -> str:
     return (
         f'<div class="wide">{histogram(lengths, numbers.limits.max_length)}</div>\n'
         f"<p>Training rows by their tokens, before anything is cut: {told}. "
-        f"{lengths.num_too_long:,} are longer than <code>{numbers.limits}</code>.</p>\n"
+        f"Longer than <code>{numbers.limits}</code>: {lengths.num_too_long:,}.</p>\n"
         f"<p>What each way with long rows takes away at this length:</p>\n{table}\n"
         '<p class="note">Rows without an end are left of long rows and do not end in a stop token '
         "that is trained. The last column is the smallest limit that loses "
@@ -153,7 +155,7 @@ def _rows(rows: Sequence[ShownRow]) -> str:
         '<span><span class="token">read, not trained</span></span>'
         '<span><span class="token special">control token</span></span>'
         '<span><span class="token lost">left out: too long</span></span></p>'
-        '<p class="note">One box is one token; point at it for its id. Spaces are dotted.</p>'
+        '<p class="note">One box is one token; point at it for its id. Spaces are dotted; a bar is a further token of one character.</p>'
     )
     return legend + "".join(map(_row, rows))
 
@@ -208,9 +210,9 @@ def _repeated(numbers: DataNumbers) -> str:
     parts += [
         "<h3>Validation rows that are trained on</h3>",
         f'<p class="note">{escape(DEFINITIONS["overlap"])}</p>',
-        f"<p>Of {overlap.num_val:,} validation rows {overlap.num_same_row:,} are a training row, "
-        f"{overlap.num_similar_row:,} are one or nearly, and {overlap.num_same_prompt:,} have a "
-        "training row's prompt.</p>",
+        f"<p>Of {overlap.num_val:,} validation rows also in training: the whole row "
+        f"{overlap.num_same_row:,}; the whole row or nearly {overlap.num_similar_row:,}; the "
+        f"prompt {overlap.num_same_prompt:,}.</p>",
     ]
     if overlap.examples:
         head = ("validation row", "training row", "they share")
@@ -221,8 +223,8 @@ def _repeated(numbers: DataNumbers) -> str:
 
 def _repetition(found: Repetition, definition: str) -> str:
     told = (
-        f"<p>{found.num_rows:,} training rows in {found.num_groups:,} groups; "
-        f"{found.num_rows - found.num_groups:,} of them say nothing new.</p>"
+        f"<p>Training rows in such groups: {found.num_rows:,}; groups: {found.num_groups:,}; rows "
+        f"that say nothing new: {found.num_rows - found.num_groups:,}.</p>"
         if found.num_groups
         else "<p>None among the training rows.</p>"
     )
@@ -237,7 +239,7 @@ def _repetition(found: Repetition, definition: str) -> str:
             )
             for g in found.groups
         ]
-        parts.append(_table(("#rows", "#alike", "where", "how it begins, levelled"), rows))
+        parts.append(_table(("#rows", "#alike", "file: rows", "how it begins, levelled"), rows))
     return "\n".join(parts)
 
 
@@ -249,9 +251,7 @@ def _odd(numbers: DataNumbers) -> str:
             f'<b>{escape(kind.name)}</b><br><span class="note">{escape(kind.definition)}</span>',
             kind.num_rows,
             _list(
-                f"{escape(str(place))}: "
-                f'<code class="excerpt" dir="auto">{escape(json.dumps(text, ensure_ascii=False))}'
-                "</code>"
+                f'{escape(str(place))}: <code class="excerpt" dir="auto">{_excerpt(text)}</code>'
                 for place, text in kind.examples
             ),
         )
@@ -309,9 +309,19 @@ def _list(items: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
 
-def _places(places: Sequence[str | Place], total: int) -> str:
+def _places(places: Sequence[Place], total: int) -> str:
+    rows: dict[str, list[str]] = {}
+    for place in places:
+        rows.setdefault(place.source, []).append(str(place.row))
     more = f" and {total - len(places):,} more" if total > len(places) else ""
-    return "<br>".join(escape(str(place)) for place in places) + more
+    told = (f"{escape(source)}: {', '.join(numbers)}" for source, numbers in rows.items())
+    return "<br>".join(told) + more
+
+
+def _excerpt(text: str) -> str:
+    """Quoted, with what would be invisible spelled out."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return escape(INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted))
 
 
 def _quoted(text: str) -> str:

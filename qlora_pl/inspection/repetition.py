@@ -29,7 +29,7 @@ DEFINITIONS = {
 class NamedGroup(NamedTuple):
     """Rows that say the same, by their places."""
 
-    places: list[str]
+    places: list[Place]
     """The first few of them."""
     num_rows: int
     similarity: float
@@ -75,7 +75,7 @@ def repetition(
     largest = sorted(groups, key=lambda group: -len(group.members))[:SHOWN]
     named = [
         NamedGroup(
-            [str(places[row]) for row in group.members[:SHOWN]],
+            [places[row] for row in group.members[:SHOWN]],
             len(group.members),
             group.similarity,
             texts[group.members[0]][:EXCERPT],

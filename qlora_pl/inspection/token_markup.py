@@ -1,7 +1,8 @@
 """Tokens of a row -> HTML whose text is, character by character, the text that was tokenised.
 
 White space is made visible by the style alone, so that what is copied from the page is the text.
-Tokens without characters of their own show their name, which is no text either.
+A control token that is not in the text shows its name, and a token that is a part of a character
+begun before it shows a mark; neither is text.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from html import escape
 
 from qlora_pl.inspection.traced_rows import ShownRow, ShownToken
 
+PART = '<u class="part"></u>'
+"""Stands for a token that is a later part of the character before it."""
 FIRST_SHOWN, LAST_SHOWN = 2000, 400
 """Tokens of a longer row that are shown; the page says how many are not."""
 MARKED = re.compile("[ \\t\\n\\r\\0]")
@@ -56,7 +59,8 @@ def _span(token: ShownToken, place: int) -> str:
     said += [f"weight {token.weight:g}"] if token.is_trained and token.weight != 1 else []
     title = f"{place}: id {token.id}, {token.name}, {', '.join(said)}"
     name = escape(token.name, quote=True)
-    inner = _visible(token.text) if token.text else f'<u class="unseen" data-name="{name}"></u>'
+    unseen = f'<u class="unseen" data-name="{name}"></u>' if token.is_special else PART
+    inner = _visible(token.text) if token.text else unseen
     return (
         f'<span class="{" ".join(kinds)}" data-id="{token.id}" '
         f'title="{escape(title, quote=True)}">{inner}</span>'

@@ -135,18 +135,20 @@ def _find(file: str, row: int, at: Mapping[Place, Any]) -> Place:
     if not fitting:
         end = did_you_mean(file, names)
         raise ConfigurationError(f"--row: no rows were read from '{file}'{end}")
-    if len(fitting) > 1:
+    with_row = [name for name in fitting if Place(name, row) in at]
+    if len(with_row) > 1:
         raise ConfigurationError(
             f"--row: {row} is in several files; write one of "
-            f"{', '.join(f'{name}:{row}' for name in sorted(fitting))}."
+            f"{', '.join(f'{name}:{row}' for name in sorted(with_row))}."
         )
-    if (place := Place(fitting[0], row)) not in at:
-        last = max(place.row for place in at if place.source == fitting[0])
-        raise ConfigurationError(
-            f"--row: '{fitting[0]}' has no row {row} that is trained or validated on (the last "
-            f"such is row {last})."
-        )
-    return place
+    if with_row:
+        return Place(with_row[0], row)
+    name = sorted(fitting)[0]
+    last = max(place.row for place in at if place.source == name)
+    raise ConfigurationError(
+        f"--row: '{name}' has no row {row} that is trained or validated on (the last such is row "
+        f"{last})."
+    )
 
 
 # -- what is shown of them -------------------------------------------------------------------------
