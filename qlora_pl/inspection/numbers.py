@@ -153,7 +153,9 @@ def _settings(run: RunData) -> dict[str, Any]:
         "tokenizer": str(tokenizer.name_or_path),
         "vocabulary": len(tokenizer),
         "stop tokens": stops,
-        "BOS token": {tokenizer.bos_token: tokenizer.bos_token_id},
+        "BOS token": (
+            {tokenizer.bos_token: tokenizer.bos_token_id} if tokenizer.bos_token else None
+        ),
         "tokens put before the text": first[0][0].num_bos if first else 0,
         "padding token": {tokenizer.pad_token: tokenizer.pad_token_id},
         "data.max_length": data.max_length,

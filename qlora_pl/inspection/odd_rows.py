@@ -23,7 +23,7 @@ SHORT = 2
 # UTF-8 that was read as Windows-1252 or Latin-1: what the first bytes of a character become.
 MOJIBAKE = re.compile(
     "\ufffd|[\u00c2\u00c3][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192"
-    "\u02c6\u02dc\u2013-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122](?![a-z])"
+    "\u02c6\u02dc\u2013-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122]"
     "|\u00e2(?:\u20ac|\u0080)[\u0080-\u00bf\u0152-\u0178\u02c6\u02dc\u2013-\u2022\u2026\u2122]"
     "|\u00ef\u00bb\u00bf"
 )

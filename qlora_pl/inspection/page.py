@@ -6,14 +6,12 @@ Everything that comes from the data or the configuration is escaped on its way i
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import Any
 
-from qlora_pl.data.places import Place
+from qlora_pl.inspection.cells import as_code, bullets, emphasised, excerpt, places, table
 from qlora_pl.inspection.drawings import LINES_SHOWN, batch_drawing, histogram
 from qlora_pl.inspection.numbers import DataNumbers
 from qlora_pl.inspection.outcomes import outcomes
@@ -21,7 +19,6 @@ from qlora_pl.inspection.repetition import DEFINITIONS, Repetition
 from qlora_pl.inspection.token_markup import tokens_markup
 from qlora_pl.inspection.traced_rows import ShownRow
 
-INVISIBLE = re.compile("[\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 SECTIONS = {
     "sources": "Sources",
     "lengths": "Lengths",
@@ -61,7 +58,7 @@ def page(numbers: DataNumbers, rows: Sequence[ShownRow]) -> str:
 
 def _head(numbers: DataNumbers) -> str:
     if numbers.problems:
-        verdict = f"<b>fit would not start.</b>{_list(map(escape, numbers.problems))}"
+        verdict = f"<b>fit would not start.</b>{bullets(map(escape, numbers.problems))}"
     else:
         verdict = "fit would start on these rows."
     train, val = numbers.splits.get("train"), numbers.splits.get("val")
@@ -82,7 +79,7 @@ def _head(numbers: DataNumbers) -> str:
     shown = "".join(f"<li><b>{value}</b><span>{escape(name)}</span></li>" for name, value in tiles)
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title in SECTIONS.items())
     return (
-        f"<header>\n<h1>{_quoted(numbers.run)}: what is trained on</h1>\n"
+        f"<header>\n<h1>{emphasised(numbers.run)}: what is trained on</h1>\n"
         f'<div class="verdict{" bad" if numbers.problems else ""}">{verdict}</div>\n'
         f'<ul class="tiles">{shown}</ul>\n<nav>{links}</nav>\n</header>'
     )
@@ -92,20 +89,20 @@ def _head(numbers: DataNumbers) -> str:
 
 
 def _sources(numbers: DataNumbers) -> str:
-    table = _table(
+    named = table(
         ("key", "source", "format", "#rows", "#rows kept"),
         [
-            (f"<code>{s.key}</code>", _code(s.source), escape(s.format), s.num_rows, s.num_kept)
+            (f"<code>{s.key}</code>", as_code(s.source), escape(s.format), s.num_rows, s.num_kept)
             for s in numbers.sources
         ],
     )
     lines = [
-        f"<div><code>{key}</code>: {_list(map(escape, told))}</div>"
+        f"<div><code>{key}</code>: {bullets(map(escape, told))}</div>"
         if (told := outcomes(report))
         else f"<div><code>{key}</code>: every row is kept whole.</div>"
         for key, report in numbers.reports.items()
     ]
-    return table + "\n".join(lines)
+    return named + "\n".join(lines)
 
 
 def _lengths(numbers: DataNumbers) -> str:
@@ -115,7 +112,7 @@ def _lengths(numbers: DataNumbers) -> str:
         f"{'the longest' if p == '100' else f'{p} % up to'} {tokens:,}"
         for p, tokens in lengths.percentiles.items()
     )
-    table = _table(
+    ways = table(
         (
             "data.overlong",
             "#trained tokens lost",
@@ -141,7 +138,7 @@ def _lengths(numbers: DataNumbers) -> str:
         f'<div class="wide">{histogram(lengths, numbers.limits.max_length)}</div>\n'
         f"<p>Training rows by their tokens, before anything is cut: {told}. "
         f"Longer than <code>{numbers.limits}</code>: {lengths.num_too_long:,}.</p>\n"
-        f"<p>What each way with long rows takes away at this length:</p>\n{table}\n"
+        f"<p>What each way with long rows takes away at this length:</p>\n{ways}\n"
         '<p class="note">Rows without an end are left of long rows and do not end in a stop token '
         "that is trained. The last column is the smallest limit that loses "
         "no more than <code>data.max_lost_ratio</code> of the trained tokens; <code>split</code> "
@@ -155,7 +152,8 @@ def _rows(rows: Sequence[ShownRow]) -> str:
         '<span><span class="token">read, not trained</span></span>'
         '<span><span class="token special">control token</span></span>'
         '<span><span class="token lost">left out: too long</span></span></p>'
-        '<p class="note">One box is one token; point at it for its id. Spaces are dotted; a bar is a further token of one character.</p>'
+        '<p class="note">One box is one token; point at it for its id. Spaces are dotted; a bar is '
+        "a further token of one character.</p>"
     )
     return legend + "".join(map(_row, rows))
 
@@ -217,7 +215,7 @@ def _repeated(numbers: DataNumbers) -> str:
     if overlap.examples:
         head = ("validation row", "training row", "they share")
         rows = [(escape(val), escape(train), what) for val, train, what in overlap.examples]
-        parts.append(_table(head, rows))
+        parts.append(table(head, rows))
     return "\n".join(parts)
 
 
@@ -234,12 +232,12 @@ def _repetition(found: Repetition, definition: str) -> str:
             (
                 g.num_rows,
                 f"{g.similarity:.0%}",
-                _places(g.places, g.num_rows),
+                places(g.places, g.num_rows),
                 f'<span class="excerpt" dir="auto">{escape(g.excerpt)}</span>',
             )
             for g in found.groups
         ]
-        parts.append(_table(("#rows", "#alike", "file: rows", "how it begins, levelled"), rows))
+        parts.append(table(("#rows", "#alike", "file: rows", "how it begins, levelled"), rows))
     return "\n".join(parts)
 
 
@@ -250,14 +248,14 @@ def _odd(numbers: DataNumbers) -> str:
         (
             f'<b>{escape(kind.name)}</b><br><span class="note">{escape(kind.definition)}</span>',
             kind.num_rows,
-            _list(
-                f'{escape(str(place))}: <code class="excerpt" dir="auto">{_excerpt(text)}</code>'
+            bullets(
+                f'{escape(str(place))}: <code class="excerpt" dir="auto">{excerpt(text)}</code>'
                 for place, text in kind.examples
             ),
         )
         for kind in numbers.odd
     ]
-    return _table(("kind", "#rows", "the first of them"), rows)
+    return table(("kind", "#rows", "the first of them"), rows)
 
 
 def _scripts(numbers: DataNumbers) -> str:
@@ -272,63 +270,10 @@ def _scripts(numbers: DataNumbers) -> str:
         for name, count in numbers.letters.items()
     ]
     said = "<p>Letters of training and validation rows by the Unicode block that they are in.</p>"
-    return said + _table(("script", "#letters", "#share", ""), rows)
+    return said + table(("script", "#letters", "#share", ""), rows)
 
 
 def _settings(numbers: DataNumbers) -> str:
-    return _table(
-        ("setting", "value"), [(escape(n), _code(v)) for n, v in numbers.settings.items()]
+    return table(
+        ("setting", "value"), [(escape(n), as_code(v)) for n, v in numbers.settings.items()]
     )
-
-
-# -- pieces ----------------------------------------------------------------------------------------
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], chosen: Sequence[bool] = ()) -> str:
-    """Cells are HTML already; columns whose name begins with # are numbers."""
-    kinds = [' class="number"' if name.startswith("#") else "" for name in head]
-    names = "".join(
-        f"<th{kind}>{escape(name.lstrip('#'))}</th>" for kind, name in zip(kinds, head, strict=True)
-    )
-    lines = []
-    for place, row in enumerate(rows):
-        mark = ' class="chosen"' if place < len(chosen) and chosen[place] else ""
-        cells = "".join(
-            f"<td{kind}>{f'{cell:,}' if isinstance(cell, int) else cell}</td>"
-            for kind, cell in zip(kinds, row, strict=True)
-        )
-        lines.append(f"<tr{mark}>{cells}</tr>")
-    return (
-        f'<div class="wide"><table>\n<thead><tr>{names}</tr></thead>\n<tbody>\n'
-        + "\n".join(lines)
-        + "\n</tbody></table></div>"
-    )
-
-
-def _list(items: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
-
-
-def _places(places: Sequence[Place], total: int) -> str:
-    rows: dict[str, list[str]] = {}
-    for place in places:
-        rows.setdefault(place.source, []).append(str(place.row))
-    more = f" and {total - len(places):,} more" if total > len(places) else ""
-    told = (f"{escape(source)}: {', '.join(numbers)}" for source, numbers in rows.items())
-    return "<br>".join(told) + more
-
-
-def _excerpt(text: str) -> str:
-    """Quoted, with what would be invisible spelled out."""
-    quoted = json.dumps(text, ensure_ascii=False)
-    return escape(INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted))
-
-
-def _quoted(text: str) -> str:
-    return f"<em>{escape(text)}</em>"
-
-
-def _code(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"<code>{escape(str(n))}</code> ({v})" for n, v in value.items())
-    return f"<code>{escape(str(value))}</code>"
