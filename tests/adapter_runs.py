@@ -62,10 +62,12 @@ def load(
 
 def twin_of(loaded: LoadedBase, folder: Path) -> nn.Module:
     """Plain transformers in float32, whose linears hold what the packed ones decode to."""
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.pytorch_utils import Conv1D
 
-    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    is_pair = loaded.model.config.is_encoder_decoder  # type: ignore[union-attr]
+    kind = "AutoModelForSeq2SeqLM" if is_pair else "AutoModelForCausalLM"
+    twin = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32)
     for name in loaded.plan.quantized:
         packed: Any = loaded.model.get_parameter(name)
         layer: Any = loaded.model.get_submodule(name.rpartition(".")[0])

@@ -73,6 +73,28 @@ def save_tokenizer(folder: Path, adds_bos: bool = False, chat_template: str | No
     fast.save_pretrained(folder)
 
 
+def save_t5_tokenizer(folder: Path) -> None:
+    """Train a unigram vocabulary on a page and save it as transformers' own T5 tokenizer.
+
+    Special tokens have T5's ids: padding 0, ``</s>`` 1, which it puts at the end of a text.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import T5TokenizerFast
+
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    unigram.train_from_iterator([PAGE, "0123456789"], trainer)
+    pieces = json.loads(unigram.to_str())["model"]["vocab"]
+    vocabulary = [(piece, score) for piece, score in pieces]
+    T5TokenizerFast(vocab=vocabulary, extra_ids=4).save_pretrained(folder)
+
+
 def save_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Save a random tiny LLaMA with its tokenizer; every width is a multiple of 64."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -6,13 +6,14 @@ nothing else; every width is a multiple of 64, and the base's own dropout (OPT, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import CHAT_TEMPLATE, save_tokenizer
+from conftest import CHAT_TEMPLATE, save_t5_tokenizer, save_tokenizer
 
 VOCABULARY = 512
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -42,20 +43,44 @@ class Family:
     """In the tiny model of two layers."""
     note: str = ""
     has_biases: bool = False
+    kept_linears: tuple[str, ...] = ()
+    """Last parts of the names of linears that are adapted but never quantised."""
+    num_kept_linears: int = 0
+    is_encoder_decoder: bool = False
 
     def save(self, folder: Path, seed: int = 0, **changes: Any) -> Path:
         """Save a random tiny model in bfloat16 with a tokenizer."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(self.model_type, **self.settings | changes)
-        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        settings = self.settings | changes
+        config = AutoConfig.for_model(self.model_type, **settings)
+        kind = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_config(config).to(torch.bfloat16)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # they start at zero, where a lost one would not show
                 torch.nn.init.normal_(parameter, std=0.1)
+        if not self.is_encoder_decoder:
+            model.save_pretrained(folder)
+            save_tokenizer(folder, adds_bos=True, chat_template=CHAT_TEMPLATE)
+            return folder
+        if not settings.get("tie_word_embeddings", True):
+            _untie(model)
         model.save_pretrained(folder)
-        save_tokenizer(folder, adds_bos=True, chat_template=CHAT_TEMPLATE)
+        if not settings.get("tie_word_embeddings", True):  # as published files say it
+            path = folder / "config.json"
+            path.write_text(
+                json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False})
+            )
+        save_t5_tokenizer(folder)
         return folder
+
+
+def _untie(model: Any) -> None:
+    """Transformers ties every T5's head; only a checkpoint that brings another one has its own."""
+    head = torch.randn(model.lm_head.weight.shape) * 0.3
+    model.lm_head.weight = torch.nn.Parameter(head.to(torch.bfloat16))
+    model.all_tied_weights_keys.pop("lm_head.weight")
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -184,5 +209,56 @@ FAMILIES = [
         14,
     ),
 ]
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
+}
+GATED_T5 = T5 | {"feed_forward_proj": "gated-gelu"}
+UNTIED_T5 = GATED_T5 | {"tie_word_embeddings": False}
+T5_ATTENTION = ("q", "k", "v", "o")
+FAMILIES += [
+    Family(
+        "T5",
+        "t5",
+        T5,
+        (*T5_ATTENTION, "wi"),
+        28,
+        "`wo` adapted, in 16 bits; tied head",
+        kept_linears=("wo",),
+        num_kept_linears=4,
+        is_encoder_decoder=True,
+    ),
+    Family(
+        "T5 v1.1, Flan-T5",
+        "t5",
+        UNTIED_T5,
+        (*T5_ATTENTION, "wi_0", "wi_1"),
+        32,
+        "`wo` adapted, in 16 bits",
+        kept_linears=("wo",),
+        num_kept_linears=4,
+        is_encoder_decoder=True,
+    ),
+    Family(
+        "mT5",
+        "mt5",
+        UNTIED_T5,
+        (*T5_ATTENTION, "wi_0", "wi_1"),
+        32,
+        "`wo` adapted, in 16 bits",
+        kept_linears=("wo",),
+        num_kept_linears=4,
+        is_encoder_decoder=True,
+    ),
+]
+CAUSAL_FAMILIES = [family for family in FAMILIES if not family.is_encoder_decoder]
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
 Saver = Callable[[str], Path]

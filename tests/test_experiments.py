@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 from qlora_pl.__main__ import main
 from qlora_pl.cli import read_runs, settings
-from qlora_pl.data.batching import BatchLayout, epoch_steps
+from qlora_pl.data.batching import BatchLayout
+from qlora_pl.data.ordering import epoch_steps
 from qlora_pl.data.sources import SourceConfig
 from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
 from qlora_pl.modeling.identity import is_hub_name
@@ -152,6 +153,17 @@ BASES: dict[str, tuple[str, dict[str, int]]] = {
             "vocab_size": 50304,
         },
     ),
+    "t5_superni": (
+        "T5 v1.1, Flan-T5",
+        {
+            "d_model": 2048,
+            "d_ff": 5120,
+            "d_kv": 64,
+            "num_layers": 24,
+            "num_heads": 32,
+            "vocab_size": 32128,
+        },
+    ),
 }
 
 
@@ -169,6 +181,8 @@ BASES: dict[str, tuple[str, dict[str, int]]] = {
         ("pythia12b_alpaca", 64 * 36 * (5120 * 2 + 5120 * 4 + 5120 * 5 + 5120 * 5)),
         ("bloom7b1_prompts", 7_864_320),
         ("falcon_rw_1b", 1_572_864),
+        # four or eight attention matrices, and wi_0, wi_1 and wo, of 24 and 24 layers
+        ("t5_superni", 64 * 24 * (12 * (2048 + 2048) + 6 * (2048 + 5120))),
     ],
 )
 def test_an_experiment_trains_as_many_weights_as_its_source_says(
@@ -197,6 +211,11 @@ def rows_like(source: SourceConfig, count: int) -> list[dict[str, str]]:
         ]
     if source.path.endswith("prompts"):
         return [{"act": f"Act {n}", "prompt": f"Act as {n} coaches."} for n in range(count)]
+    if source.path.endswith("natural-instructions"):
+        return [
+            {"definition": "Add one.", "inputs": f"{n}", "targets": f"{n + 1}", "id": f"task1-{n}"}
+            for n in range(count)
+        ]
     text = "### Human: What is {0}?### Assistant: It is {0}.### Human: Sure?### Assistant: Yes."
     return [{"text": text.format(n)} for n in range(count)]
 
@@ -213,7 +232,9 @@ def test_a_shrunken_base_trains_the_very_file_for_three_steps(
     monkeypatch.chdir(tmp_path)
     words = ["fit", "--config", str(ROOT / f"experiments/{stem}.yaml")]
     words += ["--model.model_name_or_path", str(base), "--model.revision", "null"]
+    words += ["--data.tokenizer", str(base)]
     (source,) = run.data.sources.sources
+    source = source.resolved()
     if source.path.startswith("experiments/"):
         local = {"path": str(ROOT / source.path), "format": source.format}
     else:

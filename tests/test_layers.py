@@ -41,6 +41,7 @@ DATA = [
     "lengths",
     "encoding",
     "original_encoding",
+    "seq2seq",
     "encoder_choice",
     "encoded_rows",
     "audit",
@@ -48,7 +49,14 @@ DATA = [
     "chunks",
     "encode_stream",
     "preparation",
+    "packing",
+    "ordering",
+    "collation",
+    "pair_batches",
+    "splits",
     "batching",
+    "continuing",
+    "setting_checks",
 ]
 """The files of the journey; each may import those that stand before it."""
 

@@ -58,7 +58,9 @@ class DataReport:
     num_spelling_control: int = 0
     """Rows whose own text spells a control token, which was tokenised as ordinary text."""
     longest: int = 0
-    """Tokens of the longest row, before cutting."""
+    """Tokens of the longest row, before cutting; of pairs, of the longest source."""
+    longest_target: int = 0
+    """Tokens of the longest target of pairs, before cutting; 0: rows are no pairs."""
 
     @property
     def lost_ratio(self) -> float:
@@ -70,12 +72,22 @@ class DataReport:
         """Count what another part of the split counted."""
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if item.name == "longest":
-                self.longest = max(mine, theirs)
+            if item.name.startswith("longest"):
+                setattr(self, item.name, max(mine, theirs))
             elif isinstance(mine, int):
                 setattr(self, item.name, mine + theirs)
             elif isinstance(mine, list):
                 setattr(self, item.name, [*mine, *theirs][:SHOWN])
+
+    @property
+    def longest_named(self) -> str:
+        """How long the longest row is, or the longest source and target."""
+        if not self.longest_target:
+            return f"the longest row has {self.longest} tokens"
+        return (
+            f"the longest source has {self.longest} tokens and the longest target "
+            f"{self.longest_target}"
+        )
 
     def add_reading(self, reading: ReadingReport) -> None:
         """Count what was read, and what was no row."""
@@ -92,8 +104,10 @@ class DataReport:
     def __str__(self) -> str:
         text = (
             f"{self.num_rows:,} rows, {self.num_tokens:,} tokens, {self.num_trained_tokens:,} of "
-            f"them trained; longest row {self.longest:,}"
+            f"them trained; longest {'source' if self.longest_target else 'row'} {self.longest:,}"
         )
+        if self.longest_target:
+            text += f", longest target {self.longest_target:,}"
         if self.num_cut:
             text += f"; {self.num_cut:,} rows cut, {self.lost_ratio:.1%} of trained tokens lost"
         told = {
@@ -136,8 +150,8 @@ def check_split(
     """
     if report.num_rows == 0:
         reason = (
-            f"no answer fits into {limits.answer_key} {limits.answer_limit} (the longest row has "
-            f"{report.longest} tokens)"
+            f"no answer fits into {limits.answer_key} {limits.answer_limit} "
+            f"({report.longest_named})"
             if report.num_dropped
             else "there are no rows"
         )
@@ -147,8 +161,8 @@ def check_split(
         raise ConfigurationError(
             f"{key}: {limits.answer_key} {limits.answer_limit} takes away "
             f"{report.lost_ratio:.1%} of the trained tokens, data.max_lost_ratio allows "
-            f"{limits.max_lost_ratio:.1%}; {limits.answer_key} {enough} would keep within it (the "
-            f"longest row has {report.longest} tokens)."
+            f"{limits.max_lost_ratio:.1%}; {limits.answer_key} {enough} would keep within it "
+            f"({report.longest_named})."
         )
     if report.num_unstopped:
         answers = "answer does" if report.num_unstopped == 1 else "answers do"

@@ -9,31 +9,41 @@ it is cut into.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch
+from qlora_pl.batch import Batch, PromptBatch
+from qlora_pl.data.collation import collate, collate_packs, collate_prompts
 from qlora_pl.data.encoded_rows import EncodedRows
+from qlora_pl.data.ordering import (
+    COMPOSITION,
+    Steps,
+    epoch_rows,
+    fill_to_budget,
+    keyed_generator,
+    longest_first,
+    order_steps,
+)
+from qlora_pl.data.packing import Ragged, describe_packing, pack_rows
 
-STEPS_PER_LENGTH_GROUP = 50
-"""Steps whose rows are sorted by length together (as transformers' LengthGroupedSampler)."""
-WIDTH_MULTIPLE = 8
-"""Widths of batches are multiples of it: tensor cores want that, and oneDNN keeps memory for every
-width that it has seen (without it the quickstart grows from 1.8 to 2.6 GiB)."""
+BatchMaker = Callable[[EncodedRows, np.ndarray, int, int | None], Any]
+"""Rows, the numbers of those wanted, the padding token's id, and the width to fill, to a batch."""
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the rows of one optimizer step are spread over devices and micro-batches."""
+    """How the units of one optimizer step are spread over devices and micro-batches.
+
+    A unit is what is not divided: a row, or a pack of rows.
+    """
 
     batch_size: int
-    """Rows of a micro-batch on one device."""
+    """Units of a micro-batch on one device."""
     accumulation: int = 1
     """Micro-batches that make one optimizer step."""
     world_size: int = 1
@@ -42,74 +52,37 @@ class BatchLayout:
 
     @property
     def global_batch_size(self) -> int:
-        """Rows of one optimizer step."""
+        """Units of one optimizer step."""
         return self.batch_size * self.accumulation * self.world_size
 
-    def num_micro_batches(self, num_rows: int) -> int:
-        """Micro-batches that each device makes of this many rows; the same on every device."""
-        return math.ceil(num_rows / (self.batch_size * self.world_size))
+    def num_micro_batches(self, num_units: int) -> int:
+        """Micro-batches that each device makes of so many units; the same on every device."""
+        return math.ceil(num_units / (self.batch_size * self.world_size))
 
-    def rows_of(self, step_rows: np.ndarray, micro_batch: int) -> np.ndarray:
-        """This device's rows of a micro-batch; may be empty at the end of an epoch."""
+    def rows_of(self, step_units: np.ndarray, micro_batch: int) -> np.ndarray:
+        """This device's units of a micro-batch; may be empty at the end of an epoch."""
         start = (micro_batch * self.world_size + self.rank) * self.batch_size
-        return step_rows[start : start + self.batch_size]
+        return step_units[start : start + self.batch_size]
 
 
-def epoch_steps(
-    lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int, group_by_length: bool
-) -> list[np.ndarray]:
-    """Which rows form each optimizer step of an epoch; every row once.
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """What a micro-batch is made of."""
 
-    With grouping, the rows of 50 steps at a time are sorted by length and cut into steps, whose
-    order is then shuffled; the first step of epoch 0 holds the longest row, so that a run which
-    does not fit into memory fails at once. Rows within a step are sorted by length, longest first.
+    max_length: int | None = None
+    """Tokens of a pack, and of every line with ``pads_to_max_length``."""
+    is_packed: bool = False
+    """Whether a line is a pack of rows; a unit of the layout then is a pack."""
+    pads_to_max_length: bool = False
+    """Whether all batches are equally wide. False: each is as wide as its longest line."""
+    tokens_per_batch: int | None = None
+    """Tokens of a micro-batch at most, padding included; a unit then is a whole micro-batch, and
+    the layout's ``batch_size`` has no meaning. None: batches of ``batch_size`` units."""
 
-    Args:
-        lengths: ``(num_rows,)`` tokens of each row.
-        global_batch_size: Rows of a step; the last step of an epoch may have fewer.
-        seed: Of the run.
-        epoch: From 0.
-        group_by_length: False: rows are only shuffled.
-
-    Returns:
-        One int64 array of row numbers for each step.
-    """
-    generator = keyed_generator(seed, epoch)
-    order = generator.permutation(len(lengths))
-    if group_by_length and epoch == 0 and len(order):
-        # To the front, so that it is not among the rows of the last, incomplete step.
-        order = np.roll(order, -int(np.argmax(lengths[order])))
-    num_whole = len(order) // global_batch_size * global_batch_size
-    whole, rest = order[:num_whole], order[num_whole:]
-    steps = []
-    group = STEPS_PER_LENGTH_GROUP * global_batch_size if group_by_length else global_batch_size
-    for start in range(0, num_whole, group):
-        rows = _longest_first(whole[start : start + group], lengths)
-        steps += [rows[i : i + global_batch_size] for i in range(0, len(rows), global_batch_size)]
-    if group_by_length:
-        steps = [steps[i] for i in generator.permutation(len(steps))]
-        if epoch == 0 and steps:
-            longest = max(range(len(steps)), key=lambda i: lengths[steps[i]].max())
-            steps.insert(0, steps.pop(longest))
-    if len(rest):
-        steps.append(_longest_first(rest, lengths))
-    return steps
-
-
-def keyed_generator(seed: int, stream: int) -> np.random.Generator:
-    """A generator of its own for each (seed, stream): epoch 7 needs no epochs 0 to 6 drawn first.
-
-    Args:
-        seed: Any integer; negative ones count back from 2**64.
-        stream: From 0.
-    """
-    # uint64: numpy makes floats of a list that holds a large and a small number
-    key = np.array([seed & (2**64 - 1), stream], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key))
-
-
-def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    return rows[np.argsort(-lengths[rows], kind="stable")]
+    @property
+    def width(self) -> int | None:
+        """The length to fill every line to; None: the longest of its batch."""
+        return self.max_length if self.pads_to_max_length else None
 
 
 class BatchKey(NamedTuple):
@@ -120,6 +93,13 @@ class BatchKey(NamedTuple):
     micro_batch: int
 
 
+class _Epoch(NamedTuple):
+    """What is trained on in an epoch, and when."""
+
+    units: Ragged
+    steps: Steps
+
+
 class TrainingBatches(Dataset[Batch]):
     """The micro-batches of this device, by key.
 
@@ -127,8 +107,13 @@ class TrainingBatches(Dataset[Batch]):
         rows: The training split.
         layout: How a step is cut.
         seed: Of the order.
-        group_by_length: See ``epoch_steps``.
+        group_by_length: See ``order_steps``; packs and micro-batches of a token budget are as large
+            as each other anyway and are only shuffled.
         pad_id: The id that fills short rows.
+        shape: What a micro-batch is made of.
+        multiplicity: See ``epoch_rows``; None: every row once an epoch. With packs or a token
+            budget, all epochs have the rows of the first, so that all have equally many steps.
+        make_batch: Puts rows that are not packed together.
     """
 
     def __init__(
@@ -138,46 +123,104 @@ class TrainingBatches(Dataset[Batch]):
         seed: int,
         group_by_length: bool,
         pad_id: int,
+        shape: BatchShape = BatchShape(),
+        multiplicity: np.ndarray | None = None,
+        make_batch: BatchMaker = collate,
     ) -> None:
+        self.make_batch = make_batch
         self.rows = rows
-        self.layout = layout
+        self.layout = layout if shape.tokens_per_batch is None else replace(layout, batch_size=1)
         self.seed = seed
         self.group_by_length = group_by_length
         self.pad_id = pad_id
-        self._steps = lru_cache(maxsize=2)(self._epoch_steps)
+        self.shape = shape
+        self.multiplicity = multiplicity
+        self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
+        units = self._epoch(0).units if self.regroups_rows else self._units(0)
+        self.num_units = len(units)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_steps"}
+        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
 
     def __setstate__(self, state: dict[str, object]) -> None:  # a cache does not travel to workers
         self.__dict__.update(state)
-        self._steps = lru_cache(maxsize=2)(self._epoch_steps)
+        self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
 
-    def _epoch_steps(self, epoch: int) -> list[np.ndarray]:
-        return epoch_steps(
-            self.rows.lengths,
+    @property
+    def regroups_rows(self) -> bool:
+        """Whether a unit is more than a row: a pack, or the micro-batch of a token budget."""
+        return self.shape.is_packed or self.shape.tokens_per_batch is not None
+
+    def _units(self, epoch: int) -> Ragged:
+        """The units of an epoch, before they are ordered; equally many in every epoch."""
+        drawn = 0 if self.regroups_rows else epoch
+        rows = epoch_rows(len(self.rows), self.multiplicity, self.seed, drawn)
+        if not self.regroups_rows:
+            return Ragged(rows, np.arange(len(rows) + 1))
+        generator = keyed_generator(self.seed, epoch, COMPOSITION)
+        lengths, capacity = self.rows.lengths, self.shape.max_length
+        if self.shape.is_packed:
+            assert capacity is not None
+            return pack_rows(lengths, rows, capacity, generator)
+        assert self.shape.tokens_per_batch is not None
+        if self.shape.width is not None:
+            lengths = np.full_like(lengths, self.shape.width)
+        return fill_to_budget(lengths, rows, self.shape.tokens_per_batch, generator)
+
+    def _compute_epoch(self, epoch: int) -> _Epoch:
+        units = self._units(epoch)
+        lengths = self.rows.lengths
+        if self.shape.tokens_per_batch is not None:  # the widest costs attention the most
+            sizes = lengths[units.rows[units.starts[:-1]]]
+        else:
+            sizes = units.sums(lengths)
+        steps = order_steps(
+            sizes,
             self.layout.global_batch_size,
             self.seed,
             epoch,
-            self.group_by_length,
+            group_by_length=self.group_by_length and not self.regroups_rows,
+            largest_first=self.group_by_length or self.regroups_rows,
         )
+        return _Epoch(units, steps)
+
+    def key_at(self, epoch: int, position: int) -> BatchKey:
+        """The key of a micro-batch by its place in the epoch, from 0."""
+        return BatchKey(epoch, *divmod(position, self.layout.accumulation))
 
     def keys(self, epoch: int) -> list[BatchKey]:
         """Every key of an epoch, in order; equally many in every epoch and on every device."""
-        return [
-            BatchKey(epoch, step, micro_batch)
-            for step, rows in enumerate(self._steps(epoch))
-            for micro_batch in range(self.layout.num_micro_batches(len(rows)))
-        ]
+        return [self.key_at(epoch, position) for position in range(len(self))]
 
     def __len__(self) -> int:
-        return len(self.keys(0))
+        num_whole, rest = divmod(self.num_units, self.layout.global_batch_size)
+        return num_whole * self.layout.accumulation + self.layout.num_micro_batches(rest)
+
+    def rows_of(self, key: BatchKey) -> list[np.ndarray]:
+        """This device's rows of a micro-batch, unit by unit; none at the end of some epochs."""
+        epoch = self._epoch(key.epoch)
+        units = self.layout.rows_of(epoch.steps[key.step], key.micro_batch)
+        return [epoch.units[unit] for unit in units.tolist()]
 
     def __getitem__(self, key: BatchKey | int) -> Batch:
         if isinstance(key, int):  # Lightning's overfit_batches replaces the sampler by a plain one
-            key = self.keys(0)[key]
-        step_rows = self._steps(key.epoch)[key.step]
-        return collate(self.rows, self.layout.rows_of(step_rows, key.micro_batch), self.pad_id)
+            if not 0 <= key < len(self):
+                raise IndexError(key)
+            key = self.key_at(0, key)
+        units = self.rows_of(key)
+        if self.shape.is_packed:
+            return collate_packs(self.rows, units, self.pad_id, self.shape.width)
+        row_ids = np.concatenate(units) if units else np.zeros(0, dtype=np.int64)
+        return self.make_batch(self.rows, row_ids, self.pad_id, self.shape.width)
+
+    def __str__(self) -> str:
+        """How full the packs are, or how many micro-batches a budget makes."""
+        rows = epoch_rows(len(self.rows), self.multiplicity, self.seed, 0)
+        lengths = self.rows.lengths[rows]
+        if self.shape.is_packed:
+            return describe_packing(lengths, self.num_units, self.shape.max_length or 0)
+        unit = "rows" if self.shape.tokens_per_batch is None else "micro-batches"
+        return f"{len(rows):,} rows in {self.num_units:,} {unit}"
 
 
 class ResumableSampler(DistributedSampler[BatchKey]):
@@ -198,7 +241,9 @@ class ResumableSampler(DistributedSampler[BatchKey]):
             self.epoch, self.position = epoch, 0
 
     def __iter__(self) -> Iterator[BatchKey]:
-        return iter(self.batches.keys(self.epoch)[self.position :])
+        epoch = self.epoch
+        for position in range(self.position, len(self.batches)):
+            yield self.batches.key_at(epoch, position)
 
     def __len__(self) -> int:
         return len(self.batches)  # of the whole epoch: Lightning counts the skipped part itself
@@ -221,13 +266,30 @@ class InOrderSampler(DistributedSampler[int]):
 
 
 class EvaluationBatches(Dataset[Batch]):
-    """This device's share of a split in a fixed order, longest rows first; every row once."""
+    """This device's share of a split in a fixed order, longest rows first; every row once.
 
-    def __init__(self, rows: EncodedRows, layout: BatchLayout, pad_id: int) -> None:
+    Args:
+        rows: The split.
+        layout: How rows are spread over devices and batches.
+        pad_id: The id that fills short rows.
+        max_length: Pad to so many tokens instead of to the longest row of a batch.
+        make_batch: Puts rows together.
+    """
+
+    def __init__(
+        self,
+        rows: EncodedRows,
+        layout: BatchLayout,
+        pad_id: int,
+        max_length: int | None = None,
+        make_batch: BatchMaker = collate,
+    ) -> None:
+        self.make_batch = make_batch
         self.rows = rows
         self.layout = layout
         self.pad_id = pad_id
-        self._order = _longest_first(np.arange(len(rows)), rows.lengths)
+        self.max_length = max_length
+        self._order = longest_first(np.arange(len(rows)), rows.lengths)
 
     def __len__(self) -> int:
         return self.layout.num_micro_batches(len(self.rows))
@@ -235,34 +297,8 @@ class EvaluationBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return collate(self.rows, self.layout.rows_of(self._order, index), self.pad_id)
-
-
-def collate(rows: EncodedRows, row_ids: np.ndarray, pad_id: int) -> Batch:
-    """Pad rows on the right to the longest of them, rounded up to a multiple of 8.
-
-    No rows at all give one padding token without a label: a device that has run out of rows keeps
-    step with the others and adds nothing to the loss.
-    """
-    picked = [rows[row] for row in row_ids]
-    if not picked:
-        picked, row_ids = [(np.full(1, pad_id), np.full(1, IGNORE_INDEX))], np.array([FILLER_ROW])
-    longest = max(len(ids) for ids, _ in picked)
-    width = math.ceil(longest / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    shape = (len(picked), width)
-    input_ids = np.full(shape, pad_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-    for place, (ids, row_labels) in enumerate(picked):
-        input_ids[place, : len(ids)] = ids
-        attention_mask[place, : len(ids)] = 1
-        labels[place, : len(ids)] = row_labels
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "labels": torch.from_numpy(labels),
-        "row_ids": torch.from_numpy(np.asarray(row_ids, dtype=np.int64)),
-    }
+        row_ids = self.layout.rows_of(self._order, index)
+        return self.make_batch(self.rows, row_ids, self.pad_id, self.max_length)
 
 
 class PromptBatches(Dataset[PromptBatch]):
@@ -293,25 +329,3 @@ class PromptBatches(Dataset[PromptBatch]):
             row_ids,
             self.pad_id,
         )
-
-
-def collate_prompts(
-    prompts: Sequence[tuple[str, list[int]]],
-    references: Sequence[str],
-    row_ids: np.ndarray,
-    pad_id: int,
-) -> PromptBatch:
-    """Pad prompts on the left: the answer of a right-padded prompt would follow its padding."""
-    width = max((len(ids) for _, ids in prompts), default=1)
-    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(prompts), width), dtype=torch.int64)
-    for place, (_, ids) in enumerate(prompts):
-        input_ids[place, width - len(ids) :] = torch.tensor(ids)
-        attention_mask[place, width - len(ids) :] = 1
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "row_ids": torch.from_numpy(np.asarray(row_ids, dtype=np.int64)),
-        "prompts": [text for text, _ in prompts],
-        "references": list(references),
-    }

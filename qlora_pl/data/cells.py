@@ -42,7 +42,7 @@ def text_of(row: Row, column: str, default: str | None = None) -> str:
     if value is None:
         if default is not None:
             return default
-        found = ", ".join(f"'{name}'" for name in row if row[name] is not None) or "nothing"
+        found = ", ".join(f"{name!r:.60}" for name in row if row[name] is not None) or "nothing"
         what = f"'{column}' is null" if column in row else f"no '{column}' field"
         raise RowError(f"{what}; found {found}")
     if not isinstance(value, str):

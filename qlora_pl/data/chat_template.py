@@ -30,6 +30,8 @@ class ChatTemplate(PromptTemplate):
     def __init__(self, tokenizer: Any, source: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._source = source or tokenizer.get_chat_template()
+        self._compiled = _compile(self._source)
+        self._tokens = dict(tokenizer.special_tokens_map)
         self.stop = self._stop()
 
     def definition(self) -> dict[str, str]:
@@ -125,15 +127,19 @@ class ChatTemplate(PromptTemplate):
         if not turns:
             return []
         try:
-            texts: list[str] = self._tokenizer.apply_chat_template(
-                turns, chat_template=self._source, tokenize=False, add_generation_prompt=asks
-            )
+            if self._compiled is None:
+                texts: list[str] = self._tokenizer.apply_chat_template(
+                    turns, chat_template=self._source, tokenize=False, add_generation_prompt=asks
+                )
+                return texts
+            given = {"tools": None, "documents": None, "add_generation_prompt": asks}
+            given |= self._tokens
+            return [self._compiled.render({"messages": some, **given}) for some in turns]
         except Exception as error:  # whatever the template raises: a role that it does not know
             raise ConfigurationError(
                 "data.template: the tokenizer's chat template refuses this conversation "
                 f"({error}); choose another template."
             ) from error
-        return texts
 
     # -- the row's text and the template's ---------------------------------------------------------
 
@@ -160,6 +166,20 @@ class ChatTemplate(PromptTemplate):
             "data.template: the tokenizer's chat template rewrites its messages, so that control "
             "tokens written inside one cannot be told from its own; remove them from the row."
         )
+
+
+def _compile(source: str) -> Any:
+    """What ``apply_chat_template`` renders with; None: it cannot be had without it.
+
+    Half of its time goes into looking at each message for pictures and tools.
+    """
+    from transformers.utils import chat_template_utils  # slow to import
+
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    try:
+        return None if compile_template is None else compile_template(source)
+    except Exception:  # Jinja's own errors, which rendering will raise again and name
+        return None
 
 
 class _Turn:

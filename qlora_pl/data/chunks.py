@@ -14,7 +14,7 @@ from qlora_pl.data.audit import SHOWN, DataReport
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.encoded_example import EncodedExample
 from qlora_pl.data.encoding import Encoder
-from qlora_pl.data.lengths import Limits
+from qlora_pl.data.lengths import Limits, source_length
 from qlora_pl.data.places import Place
 from qlora_pl.data.row_store import EncodedChunk
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
@@ -111,7 +111,9 @@ class ChunkEncoder:
         length = len(example.input_ids)
         fitted = self.encoder.fit(example, self.limits)
         is_long = len(fitted) != 1 or len(fitted[0].input_ids) != length
-        report.longest = max(report.longest, length)
+        source = source_length(example) if self.encoder.is_paired else length
+        report.longest = max(report.longest, source)
+        report.longest_target = max(report.longest_target, length - source)
         if is_long and overlong == "error":
             raise DatasetFormatError(
                 f"{place}: {length} tokens, more than {self.limits}. Raise it, or "

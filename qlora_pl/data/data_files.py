@@ -73,10 +73,12 @@ def zip_member(path: Path) -> zipfile.ZipInfo:
                 for member in archive.infolist()
                 if not member.is_dir() and not member.filename.startswith("__MACOSX/")
             ]
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # a damaged directory raises a dozen unrelated types
         raise PathError(
             f"'{path}' is not a .zip file ({error}); make or fetch it again."
         ) from error
+    if not members:
+        raise PathError(f"'{path}' is an empty .zip file; leave it out, or make it again.")
     if len(members) != 1:
         raise PathError(
             f"'{path}' holds {len(members)} files; unpack it, and name the folder or a file in it."
@@ -88,7 +90,8 @@ def zip_member(path: Path) -> zipfile.ZipInfo:
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether ``datasets`` saved a dataset or its splits into this folder."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    has_state = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    return has_state or (path / "dataset_dict.json").is_file()
 
 
 def find_files(text: str) -> list[Path]:

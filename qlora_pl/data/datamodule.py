@@ -8,37 +8,47 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from functools import partial
+from hashlib import sha256
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from qlora_pl.batch import Batch, PromptBatch
+from qlora_pl.batch import Batch, PackingProbe, PromptBatch
 from qlora_pl.data.batching import (
     BatchLayout,
+    BatchMaker,
+    BatchShape,
     EvaluationBatches,
     InOrderSampler,
     PromptBatches,
     ResumableSampler,
     TrainingBatches,
-    keyed_generator,
 )
-from qlora_pl.data.encoder_choice import Encoding, choose_encoder
+from qlora_pl.data.collation import collate, make_packing_probe
+from qlora_pl.data.continuing import refuse_other_order
+from qlora_pl.data.encoder_choice import Encoding
 from qlora_pl.data.encoding import TrainOn
-from qlora_pl.data.lengths import Limits, Overlong
-from qlora_pl.data.preparation import EncodedSplit, ReadRows, prepare_split
-from qlora_pl.data.readers import hub_splits
+from qlora_pl.data.lengths import Overlong
+from qlora_pl.data.normalizing import OnError
+from qlora_pl.data.pair_batches import collate_pairs
+from qlora_pl.data.preparation import EncodedSplit
+from qlora_pl.data.setting_checks import setting_problems
 from qlora_pl.data.sources import NO_ROWS, RowSources
-from qlora_pl.data.stop_tokens import check_stop_token, known_stop_tokens
-from qlora_pl.data.template_loading import load_template
-from qlora_pl.data.tokenizer import load_tokenizer
-from qlora_pl.errors import CheckpointError, ConfigurationError, DatasetFormatError, QLoRAError
-from qlora_pl.files import cache_root
+from qlora_pl.data.splits import (
+    BaseFacts,
+    first_rows,
+    hub_split,
+    multiplicity,
+    prepare_encoder,
+    read_split,
+    split_off,
+)
+from qlora_pl.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +70,8 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: Hub name or folder; None: the model's.
         max_length: Tokens that a row may have, prompt, answers and special tokens together.
         max_target_length: Tokens that an answer may have where it has a limit of its own (with
-            ``encoding: original``), which leaves ``max_length`` to what comes before it.
+            ``encoding: original``, and for encoder-decoder models, where None means
+            ``max_length``), which leaves ``max_length`` to what comes before it.
         encoding: ``spans``: the text is tokenised as a whole. ``original``: prompt and answer are
             tokenised and cut apart, as qlora.py does; for reproducing its numbers.
         overlong: What happens to a longer row: ``cut`` on the right, ``cut_keep_stop`` (the same,
@@ -75,10 +86,18 @@ class InstructionDataModule(LightningDataModule):
         cache: Whether encoded rows are kept on disk (``QLORA_PL_CACHE`` or ``~/.cache/qlora_pl``),
             so that the next start need not encode.
         encoding_processes: Processes that encode; None: up to 8, once there are many rows.
-        batch_size: Rows of a micro-batch on one device. Rows of an optimizer step:
-            ``batch_size`` x ``trainer.accumulate_grad_batches`` x devices.
+        on_error: What becomes of a bad row: ``stop``: the run, naming it. ``skip``: it is left out,
+            counted and listed, unless too many are bad (1 %, and ten or more).
+        batch_size: Rows of a micro-batch on one device, or packs where rows are packed. Rows of an
+            optimizer step: ``batch_size`` x ``trainer.accumulate_grad_batches`` x devices.
         eval_batch_size: Rows of a batch in validation, test and prediction; None: ``batch_size``.
         group_by_length: Whether rows of similar length share a step, so that less is padded.
+        packing: Whether training rows are put into packs of ``max_length`` tokens that attend to
+            themselves alone. ``true`` (on): the run stops if the model does not keep them apart;
+            ``auto``: it is padded then; ``false`` (off): rows are padded.
+        padding: How wide padded batches are: as their ``longest`` row, or all ``max_length``.
+        tokens_per_batch: Tokens of a micro-batch at most, padding included, in place of
+            ``batch_size``; a step then has as many micro-batches as ever. None: ``batch_size``.
         val_size: Rows kept for validation where no split exists: a number of rows, or a share of
             them below 1 (one row at least); 0: none, all rows train.
         val_seed: Seed of that split alone, so that it is the same for every command and run.
@@ -104,9 +123,13 @@ class InstructionDataModule(LightningDataModule):
         append_eos: bool = True,
         cache: bool = True,
         encoding_processes: int | None = None,
+        on_error: OnError = "stop",
         batch_size: int = 4,
         eval_batch_size: int | None = None,
         group_by_length: bool = True,
+        packing: bool | Literal["auto"] = False,
+        padding: Literal["longest", "max_length"] = "longest",
+        tokens_per_batch: int | None = None,
         val_size: int | float = 0.05,
         val_seed: int = 42,
         seed: int | None = None,
@@ -129,9 +152,15 @@ class InstructionDataModule(LightningDataModule):
         self.append_eos = append_eos
         self.cache = cache
         self.encoding_processes = encoding_processes
+        self.on_error: OnError = on_error
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.group_by_length = group_by_length
+        self.packing = packing
+        self.is_packed = packing is True
+        """Whether training batches are packs; the model has a say (``decide_packing``)."""
+        self.padding = padding
+        self.tokens_per_batch = tokens_per_batch
         self.val_size = val_size
         self.val_seed = val_seed
         self.seed = seed
@@ -139,44 +168,17 @@ class InstructionDataModule(LightningDataModule):
         self.max_val_samples = max_val_samples
         self.num_workers = num_workers
         self.splits: dict[str, EncodedSplit] = {}
-        self.read: dict[str, ReadRows] = {}
-        self._model: Mapping[str, Any] = {}  # where there is no trainer to ask
-        self._accumulation = 1
-        self._noted: list[str] | None = None
+        self.base: BaseFacts | None = None
+        """What is known of the model; None: asked of the trainer's."""
+        self.accumulation = 1
+        """Micro-batches of a step where there is no trainer to ask."""
         self._resume_from = {"epoch": 0, "position": 0}
         if problems := self.problems():
             raise ConfigurationError(problems)
 
     def problems(self) -> list[str]:
         """Every problem of the settings that can be found without reading a row."""
-        ranges: list[tuple[bool, str]] = [
-            (self.max_length >= 2, f"max_length: must be at least 2, got {self.max_length}."),
-            (self.batch_size >= 1, f"batch_size: must be at least 1, got {self.batch_size}."),
-            (
-                self.eval_batch_size >= 1 or self.eval_batch_size == self.batch_size,
-                f"eval_batch_size: must be at least 1, got {self.eval_batch_size}.",
-            ),
-            (
-                0 <= self.max_lost_ratio <= 1,
-                f"max_lost_ratio: must lie in 0 to 1, got {self.max_lost_ratio}.",
-            ),
-            (self.val_size >= 0, f"val_size: must be 0 or more, got {self.val_size}."),
-            (
-                isinstance(self.val_size, int) or self.val_size < 1,
-                f"val_size: a share lies below 1, got {self.val_size}; write a whole number for "
-                "rows.",
-            ),
-            (self.num_workers >= 0, f"num_workers: must be 0 or more, got {self.num_workers}."),
-            (
-                self.max_train_samples is None or self.max_train_samples >= 1,
-                f"max_train_samples: must be at least 1, got {self.max_train_samples}.",
-            ),
-            (
-                self.max_val_samples is None or self.max_val_samples >= 1,
-                f"max_val_samples: must be at least 1, got {self.max_val_samples}.",
-            ),
-        ]
-        problems = [f"data.{sentence}" for holds, sentence in ranges if not holds]
+        problems = setting_problems(self)
         for name in ("sources", "val_sources", "test_sources"):
             problems += getattr(self, name).problems(f"data.{name}")
         return problems
@@ -191,156 +193,39 @@ class InstructionDataModule(LightningDataModule):
         elif "val" not in self.splits:
             self._setup_fit()
 
-    def setup_alone(self, model: Mapping[str, Any], accumulation: int = 1) -> list[str]:
-        """``setup`` of a run without its trainer, going on where ``fit`` would not start.
-
-        Args:
-            model: ``model_name_or_path``, ``revision`` and ``cache_dir`` of the run's model.
-            accumulation: The run's ``trainer.accumulate_grad_batches``.
-
-        Returns:
-            Why ``fit`` would not start on these rows; empty: it would.
-
-        Raises:
-            QLoRAError: if not even the training rows can be read.
-        """
-        self._model, self._accumulation, self._noted = model, accumulation, []
-        try:
-            self.setup("fit")
-        except QLoRAError as error:
-            if not self.read:
-                raise
-            if len(self.read["data.sources"].split.rows):  # else it follows from what is noted
-                self._noted += str(error).splitlines()
-        return self._noted
-
     def _setup_fit(self) -> None:
         self._prepare_encoder()
-        train = self._encode(self.sources, "data.sources")
-        val_sources = self.val_sources or self._hub_split(("validation", "eval", "dev"))
+        train = self.read_rows(self.sources, "data.sources")
+        val_sources = self.val_sources or hub_split(self.sources, ("validation", "eval", "dev"))
         if val_sources:
-            val = self._encode(val_sources, "data.val_sources")
+            val = self.read_rows(val_sources, "data.val_sources")
         else:
-            train, val = self._split_off(train)
-        self.splits["train"] = _first(train, self.max_train_samples)
-        self.splits["val"] = _first(val, self.max_val_samples)
+            train, val = split_off(train, self.val_size, self.val_seed)
+        self.splits["train"] = first_rows(train, self.max_train_samples)
+        self.splits["val"] = first_rows(val, self.max_val_samples)
         for name in ("train", "val"):
             logger.info("%s: %s", name, self.splits[name].report)
 
     def _setup_test(self) -> None:
         if "test" in self.splits:
             return
-        sources = self.test_sources or self._hub_split(("test",))
+        sources = self.test_sources or hub_split(self.sources, ("test",))
         if not sources:
             raise ConfigurationError("data.test_sources: no test rows are named; set it to a file.")
         self._prepare_encoder()
-        self.splits["test"] = self._encode(sources, "data.test_sources")
+        self.splits["test"] = self.read_rows(sources, "data.test_sources")
 
     def _prepare_encoder(self) -> None:
-        name = self.tokenizer_name or self._model_attribute("model_name_or_path")
-        if name is None:
-            raise ConfigurationError("data.tokenizer: name a tokenizer (a folder or Hub name).")
-        # The revision is a commit of the model's repository, which no other has.
-        is_the_models = name == self._model_attribute("model_name_or_path")
-        revision = self._model_attribute("revision") if is_the_models else None
-        self.tokenizer = load_tokenizer(name, revision, self._model_attribute("cache_dir"))
-        self.template = load_template(self.chosen_template, self.tokenizer)
-        self.encoder = choose_encoder(
-            self.encoding,
-            self.template,
-            self.tokenizer,
-            self.train_on,
-            self.append_eos,
-            self.max_target_length,
-        )
-        self._check_stop_token(name, revision)
+        self.encoder = prepare_encoder(self, self._base())
+        self.tokenizer, self.template = self.encoder.tokenizer, self.encoder.template
 
-    def _check_stop_token(self, tokenizer: str, revision: str | None) -> None:
-        base = self._model_attribute("model_name_or_path") or tokenizer
-        is_trained_whole = getattr(self._model_attribute("lora"), "method", "") == "none"
-        if not is_trained_whole:
-            known = known_stop_tokens(
-                self.tokenizer,
-                base,
-                revision,
-                self._model_attribute("cache_dir"),
-                grows=bool(self._model_attribute("grow_vocabulary")),
-            )
-            trained = getattr(self._model_attribute("lora"), "trainable_tokens", ())
-            check_stop_token(self.template, self.tokenizer, base, known, trained)
+    def read_rows(self, sources: RowSources, key: str) -> EncodedSplit:
+        """The rows of these sources, encoded and checked; ``key`` is where they are named."""
+        return read_split(self, self.encoder, self._base(), sources, key)
 
-    def _model_attribute(self, name: str) -> Any:
+    def _base(self) -> BaseFacts:
         module = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(module, name, self._model.get(name))
-
-    @property
-    def limits(self) -> Limits:
-        """How long rows may be, and how much may be lost to that."""
-        return Limits(
-            max_length=self.max_length,
-            max_target_length=self.max_target_length,
-            overlong=self.overlong,
-            max_lost_ratio=self.max_lost_ratio,
-        )
-
-    def whole_rows(self, key: str) -> EncodedSplit:
-        """Every row that was read for a key, as it is before anything is cut or left out."""
-        sources, split = self.read[key]
-        report, longest = split.report, split.report.longest
-        if not (report.num_cut or report.num_split or report.num_dropped):
-            return split
-        limits = Limits(
-            max_length=longest,
-            max_target_length=None if self.max_target_length is None else longest,
-            max_lost_ratio=1.0,
-        )
-        return self._prepare(sources, key, limits, noted=[])
-
-    def _encode(self, sources: RowSources, key: str) -> EncodedSplit:
-        split = self._prepare(sources, key, self.limits, self._noted)
-        self.read[key] = ReadRows(sources, split)
-        logger.info("%s: %s", key, split.report)  # what was cut or dropped; parts do not know it
-        return split
-
-    def _prepare(
-        self, sources: RowSources, key: str, limits: Limits, noted: list[str] | None
-    ) -> EncodedSplit:
-        folder = cache_root(self._model_attribute("cache_dir")) if self.cache else None
-        arguments = (key, folder, self.encoding_processes)
-        try:
-            return prepare_split(sources, self.encoder, limits, *arguments, noted=noted)
-        except (ConfigurationError, DatasetFormatError) as error:
-            if noted is None:
-                raise
-            noted += str(error).splitlines()  # and on with the rows that are not to blame
-        if limits.overlong == "error":
-            limits = replace(limits, overlong="drop")
-        return prepare_split(sources, self.encoder, limits, *arguments, "skip", noted)
-
-    def _hub_split(self, names: Sequence[str]) -> RowSources:
-        """The first of these splits that a Hub dataset of the training sources has, or nothing."""
-        for source in self.sources.sources:
-            for name in hub_splits(source):
-                # "train+validation" and "validation[:500]" name splits that are trained on
-                if name in names and name not in re.findall(r"\w+", source.split):
-                    return RowSources((replace(source, split=name, limit=None),))
-        return NO_ROWS
-
-    def _split_off(self, rows: EncodedSplit) -> tuple[EncodedSplit, EncodedSplit]:
-        """Training and validation rows; which is which depends on ``val_seed`` and nothing else."""
-        conversation_of = rows.conversations.of_row
-        names = np.unique(conversation_of)  # a conversation's rows stay together
-        total = len(names)
-        num_val = self.val_size
-        if isinstance(num_val, float):
-            num_val = max(1, round(total * num_val)) if num_val > 0 else 0
-        if num_val >= total:
-            raise ConfigurationError(
-                f"data.val_size: {self.val_size} leaves none of the {total} rows to train on."
-            )
-        order = keyed_generator(self.val_seed, 0).permutation(total)
-        is_val = np.isin(conversation_of, names[order[:num_val]])
-        return rows.select(np.flatnonzero(~is_val)), rows.select(np.flatnonzero(is_val))
+        return BaseFacts.of(module) if self.base is None else self.base
 
     # -- loaders ---------------------------------------------------------------------------------
 
@@ -352,27 +237,63 @@ class InstructionDataModule(LightningDataModule):
         )
 
     def _training_layout(self) -> BatchLayout:
-        trainer = self.trainer
-        accumulation = self._accumulation if trainer is None else trainer.accumulate_grad_batches
-        return self._layout(self.batch_size, accumulation)
+        accumulation = getattr(self.trainer, "accumulate_grad_batches", self.accumulation)
+        # With a token budget the unit is a whole micro-batch, and no number of rows has a meaning.
+        return self._layout(1 if self.tokens_per_batch else self.batch_size, accumulation)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches in the run's order, from where a resumed run stopped."""
+        split = self.splits["train"]
         batches = TrainingBatches(
-            self.splits["train"].rows,
+            split.rows,
             self._training_layout(),
             self._order_seed(),
             self.group_by_length,
             self.tokenizer.pad_token_id,
+            self._training_shape(),
+            self._multiplicity(),
+            self._batch_maker(),
         )
+        if batches.regroups_rows:
+            logger.info("batches: %s", batches)
         sampler = ResumableSampler(batches, **self._resume_from)
         return self._loader(batches, sampler)
+
+    def _training_shape(self) -> BatchShape:
+        return BatchShape(
+            max_length=self.max_length,
+            is_packed=self.is_packed,
+            pads_to_max_length=self.padding == "max_length",
+            tokens_per_batch=self.tokens_per_batch,
+        )
+
+    def _batch_maker(self) -> BatchMaker:
+        is_paired = self.encoder.is_paired
+        target = self.max_target_length
+        return partial(collate_pairs, max_target_length=target) if is_paired else collate
+
+    def _multiplicity(self) -> np.ndarray | None:
+        return multiplicity(self.splits["train"], self.sources)
+
+    # -- packing ---------------------------------------------------------------------------------
+
+    def packing_probe(self) -> PackingProbe:
+        """Training rows, packed and apart: what the model is asked before ``decide_packing``."""
+        num_lines = min(2, self.batch_size)  # some kernels keep rows apart in a single line only
+        rows = self.splits["train"].rows
+        return make_packing_probe(rows, self.tokenizer.pad_token_id, num_lines)
+
+    def decide_packing(self, is_packed: bool) -> None:
+        """Whether loaders made from now on pack rows; the model has been asked."""
+        self.is_packed = is_packed
 
     def first_batches(self, count: int) -> list[Batch]:
         """Batches of the first training rows, the same on every device, wherever training is."""
         rows = self.splits["train"].rows
         some = rows.select(range(min(count * self.batch_size, len(rows))))
-        batches = EvaluationBatches(some, BatchLayout(self.batch_size), self.tokenizer.pad_token_id)
+        layout = BatchLayout(self.batch_size)
+        maker = self._batch_maker()
+        batches = EvaluationBatches(some, layout, self.tokenizer.pad_token_id, None, maker)
         return [batches[index] for index in range(len(batches))]
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -419,7 +340,9 @@ class InstructionDataModule(LightningDataModule):
         if not len(rows):
             return []
         layout = self._layout(self.eval_batch_size)
-        return self._loader(EvaluationBatches(rows, layout, self.tokenizer.pad_token_id))
+        width = self._training_shape().width
+        pad_id, maker = self.tokenizer.pad_token_id, self._batch_maker()
+        return self._loader(EvaluationBatches(rows, layout, pad_id, width, maker))
 
     def _loader(self, batches: Any, sampler: ResumableSampler | None = None) -> DataLoader[Any]:
         # A generator of its own: every new iterator draws a seed, by default from the global
@@ -443,7 +366,7 @@ class InstructionDataModule(LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows form which step, in plain types; kept in every checkpoint."""
-        layout = self._training_layout()
+        layout, weights = self._training_layout(), self._multiplicity()
         return {
             "train_rows": self.splits["train"].rows.fingerprint(),
             "num_train_rows": len(self.splits["train"].rows),
@@ -453,6 +376,9 @@ class InstructionDataModule(LightningDataModule):
             "accumulation": layout.accumulation,
             "group_by_length": self.group_by_length,
             "seed": self._order_seed(),
+            "pack_tokens": self.max_length if self.is_packed else None,
+            "tokens_per_batch": self.tokens_per_batch,
+            "multiplicity": None if weights is None else _digest(weights),
         }
 
     def resume_from(self, saved: Mapping[str, Any], epoch: int, position: int) -> None:
@@ -461,24 +387,7 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             CheckpointError: naming each difference.
         """
-        sentences = {
-            "train_rows": "the training rows (or their template, tokenizer or length)",
-            "num_train_rows": "the number of training rows",
-            "global_batch_size": "the rows of an optimizer step",
-            "batch_size": "data.batch_size",
-            "accumulation": "trainer.accumulate_grad_batches",
-            "group_by_length": "data.group_by_length",
-            "seed": "the seed of the order of rows",
-        }
-        now = self.describe()
-        problems = [
-            f"The checkpoint's run differs in {sentences[name]}: it had {_short(saved.get(name))}, "
-            f"this run has {_short(now[name])}. Use its value, or start without --ckpt_path."
-            for name in now
-            if saved.get(name) != now[name]
-        ]
-        if problems:
-            raise CheckpointError(problems)
+        refuse_other_order(saved, self.describe())
         self._resume_from = {"epoch": epoch, "position": position}
 
     def name_rows(self, row_ids: Sequence[int], split: str = "train") -> list[str]:
@@ -487,9 +396,5 @@ class InstructionDataModule(LightningDataModule):
         return [str(places[row]) for row in row_ids if row >= 0]
 
 
-def _first(split: EncodedSplit, limit: int | None) -> EncodedSplit:
-    return split if limit is None or limit >= len(split.rows) else split.select(range(limit))
-
-
-def _short(value: Any) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else str(value)
+def _digest(values: np.ndarray) -> str:
+    return sha256(np.ascontiguousarray(values, dtype=np.float64).tobytes()).hexdigest()

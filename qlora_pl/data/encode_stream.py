@@ -31,9 +31,10 @@ def encode_stream(
     """
     origins: list[tuple[str, int]] = []
     chunks = _numbered(stream, origins)
-    for chunk, numbers in islice(chunks, CHUNKS_BEFORE_PROCESSES if num_processes != 1 else None):
-        yield origins, encode(chunk, numbers)
-    wanted = num_processes or min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    if num_processes is None:
+        for chunk, numbers in islice(chunks, CHUNKS_BEFORE_PROCESSES):
+            yield origins, encode(chunk, numbers)
+    wanted = num_processes or min(num_processors(), MAX_PROCESSES)
     if wanted == 1 or "fork" not in get_all_start_methods():
         for chunk, numbers in chunks:
             yield origins, encode(chunk, numbers)
@@ -46,6 +47,13 @@ def encode_stream(
                 yield origins, waiting.popleft().result()
         while waiting:
             yield origins, waiting.popleft().result()
+
+
+def num_processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _numbered(

@@ -34,6 +34,9 @@ class Encoder:
         append_eos: Whether plain text ends in the end-of-text token.
     """
 
+    is_paired = False
+    """Whether its rows are pairs for an encoder-decoder model."""
+
     def __init__(
         self,
         template: PromptTemplate,

@@ -15,7 +15,7 @@ from qlora_pl.data.cells import RowError, text_of
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.data.oasst_trees import TreeRules, conversations_of_trees
 from qlora_pl.data.places import BadRow, PlacedRow, Row
-from qlora_pl.data.turns import chip2, guanaco, hh_rlhf, messages, sharegpt, vicuna
+from qlora_pl.data.turns import MARKERS, chip2, guanaco, hh_rlhf, messages, sharegpt, vicuna
 from qlora_pl.errors import ConfigurationError
 
 Regroup = Callable[[Iterable[PlacedRow], TreeRules, "Counter[str]"], Iterator[PlacedRow]]
@@ -167,13 +167,23 @@ def guess_format(columns: Collection[str]) -> tuple[str, str | None]:
     """
     fitting = [name for name, format in FORMATS.items() if format.fits(columns)]
     if not fitting:
-        found = ", ".join(f"'{column}'" for column in columns) or "(none)"
-        known = "; ".join(f"{name}: {' + '.join(sorted(f.columns))}" for name, f in FORMATS.items())
+        found = ", ".join(f"{column!r:.60}" for column in columns) or "(none)"
+        near = [name for name, format in FORMATS.items() if format.columns & set(columns)]
+        near = near or ["messages", "alpaca", "prompt-response", "text"]
+        known = "; ".join(f"{name}: {' + '.join(sorted(FORMATS[name].columns))}" for name in near)
         raise ConfigurationError(
-            f"no format fits the columns {found}; rename them with columns: {{NEW: OLD}} to one of "
-            f"({known})."
+            f"no format fits the columns {found}; rename them with columns: {{NEW: OLD}} to those "
+            f"of one, for example ({known})."
         )
     return fitting[0], fitting[1] if len(fitting) > 1 else None
 
 
-__all__ = ["FORMATS", "Format", "Row", "RowError", "guess_format"]
+def marked_format(text: str) -> str | None:
+    """The format whose marker a text begins with: it can be cut into turns, and may be meant to."""
+    for name, marker in MARKERS.items():
+        if marker.match(text):
+            return name
+    return None
+
+
+__all__ = ["FORMATS", "Format", "Row", "RowError", "guess_format", "marked_format"]

@@ -27,7 +27,7 @@ class NamedDataset:
     revision: str | None = None
     """The commit; None: this project knows none, so that the newest is read unless one is set."""
     file: str | None = None
-    """The one file to read of the repository."""
+    """The files to read of the repository, a name or a pattern; None: all."""
     columns: dict[str, str] = field(default_factory=dict)
     is_huge: bool = False
     """Nobody trains on all of it: ``sample`` or ``limit`` must be said."""
@@ -60,13 +60,13 @@ DATASETS: dict[str, NamedDataset] = {
     ),
     "self-instruct": NamedDataset(
         path="yizhongw/self_instruct",
-        subset="self_instruct",
+        file="self_instruct/**",
         revision="refs/convert/parquet",
         format="prompt-completion",
         num_rows=82_612,
         licence="Apache 2.0",
-        note="The main branch is a loading script, which datasets 4 does not run; the Hub's own "
-        "Parquet copy of it is read.",
+        note="Its main branch is a loading script, which datasets 4 does not run; read is the copy "
+        "in Parquet that the Hub made of it.",
     ),
     "hh-rlhf": NamedDataset(
         path="Anthropic/hh-rlhf",

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from qlora_pl.data.cells import RowError
 from qlora_pl.data.conversation import Conversation
-from qlora_pl.data.formats import FORMATS, guess_format
+from qlora_pl.data.formats import FORMATS, guess_format, marked_format
 from qlora_pl.data.named_datasets import TREES
 from qlora_pl.data.places import BadRow, Place, PlacedRow, Row
 from qlora_pl.data.readers import RawRows, rows_in_memory, take
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 OnError = Literal["stop", "skip"]
 MIN_SKIPPED_ROWS = 10
 """Fewer bad rows than these are never too many, whatever their share."""
+PROMPT_COLUMNS = ("system", "system_prompt", "history", "tools")
+"""Columns that hold a part of the prompt, and that no format here reads."""
 NUM_LISTED = 20
 """Bad rows that a report names."""
 
@@ -165,6 +167,11 @@ class _Reading:
             return BadRow(self._unguessable)
         if not self._formats:
             self._note(name)
+        if FORMATS[name].regroup and self.format is None:  # a later file of a folder
+            return BadRow(
+                f"rows of format '{name}' are not read among those of others; name the file as a "
+                "source of its own."
+            )
         try:
             conversation = FORMATS[name].convert(row)
         except RowError as error:
@@ -184,17 +191,31 @@ class _Reading:
                 self._unguessable = str(error)
                 return None
             also = f"; {runner_up} would fit too" if runner_up else ""
+            if name == "text" and (marked := marked_format(str(row.get("text")))):
+                also = f"; its first row has the turns of {marked}"
             self._formats[place.source] = name
             self._note(f"{name} (guessed{also})")
-            logger.info("%s: format %s (guessed%s)", place.source, name, also)
+            for column in PROMPT_COLUMNS:
+                if row.get(column):
+                    logger.warning(
+                        "%s: column '%s' is not used by format %s; if it matters, make it part of "
+                        "messages",
+                        self.name,
+                        column,
+                        name,
+                    )
         return self._formats[place.source]
 
     def _note(self, said: str) -> None:
         known = self.report.formats.get(self.name)
         if known is None:
             self.report.formats[self.name] = said
-        elif said not in known:
+        elif f"; {said}; " not in f"; {known}; ":
             self.report.formats[self.name] = f"{known}; {said}"
+        else:
+            return
+        if "guessed" in said:
+            logger.info("%s: format %s", self.name, said)
 
     # -- bad rows --------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def conversations_of_trees(
         for node in found:
             if node.id in nodes:
                 raise DatasetFormatError(
-                    f"{place}: message '{node.id}' stands there for the second time (first in "
+                    f"{place}: message {quote(node.id)} stands there for the second time (first in "
                     f"{nodes[node.id].place}); name each file once, and remove one of the two."
                 )
             nodes[node.id] = node
@@ -104,7 +104,7 @@ def _nodes_of_row(place: Place, row: Row, rules: TreeRules) -> Iterator[_Node]:
 def _node(place: Place, message: Row, parent: Any, tree: Row, rules: TreeRules) -> _Node:
     role = text_of(message, "role")
     if role not in ROLES:
-        raise RowError(f"'role' is '{role:.20}'; known: {', '.join(ROLES)}", "Remove the message")
+        raise RowError(f"'role' is {quote(role)}; known: {', '.join(ROLES)}", "Remove the message")
     rank = message.get("rank")
     if rank is not None and not isinstance(rank, int | float):
         raise RowError(f"'rank' holds {quote(rank)}", "Write a number, or null")
@@ -192,8 +192,8 @@ def _leave_out(
     for node in nodes.values():
         if node.id not in reached:
             raise DatasetFormatError(
-                f"{node.place}: message '{node.id}' is its own ancestor (or hangs below one that "
-                "is); mend its parent_id."
+                f"{node.place}: message {quote(node.id)} is its own ancestor (or hangs below one "
+                "that is); mend its parent_id."
             )
 
 

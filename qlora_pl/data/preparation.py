@@ -44,13 +44,6 @@ from qlora_pl.files import TEMPORARY_PREFIX, atomic_folder
 logger = logging.getLogger(__name__)
 
 
-class ReadRows(NamedTuple):
-    """What stands behind a key of the configuration, before it is split."""
-
-    sources: RowSources
-    split: EncodedSplit
-
-
 class EncodedSplit(NamedTuple):
     """The rows of a split that are kept, where each came from, and what the others were."""
 
@@ -63,12 +56,15 @@ class EncodedSplit(NamedTuple):
         """These rows, in this order, with a report of their own."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = self.rows.select(chosen)
+        are_pairs = self.report.longest_target > 0
+        sources = rows.lengths - rows.num_trained if are_pairs else rows.lengths
         report = DataReport(
             formats=self.report.formats,
             num_rows=len(rows),
             num_tokens=int(rows.lengths.sum()),
             num_trained_tokens=int(rows.num_trained.sum()),
-            longest=int(rows.lengths.max(initial=0)),
+            longest=int(sources.max(initial=0)),
+            longest_target=int(rows.num_trained.max(initial=0)) if are_pairs else 0,
         )
         return EncodedSplit(
             rows, self.places.select(chosen), self.conversations.select(chosen), report

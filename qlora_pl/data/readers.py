@@ -91,7 +91,7 @@ class RawRows:
         """Refuse a rename of a column that no row had, of those that were read."""
         for new, old in self._source.columns.items():
             if self._columns and old not in self._columns:
-                found = ", ".join(f"'{name}'" for name in sorted(self._columns))
+                found = ", ".join(f"{name!r:.60}" for name in sorted(self._columns, key=str))
                 raise DatasetFormatError(
                     f"{self._source.name}: no row has a column '{old}', which columns renames to "
                     f"'{new}'; found {found}."

@@ -120,7 +120,7 @@ def _json(file: BinaryIO, path: Path) -> Iterator[NumberedRow]:
 def _decode(data: bytes) -> Any:
     """A JSON value, or a ``BadRow`` that says why it is none."""
     try:
-        return json.loads(data.decode())
+        return _parse(data.decode())
     except UnicodeDecodeError as error:
         return BadRow(_not_utf8(error))
     except json.JSONDecodeError as error:
@@ -129,6 +129,19 @@ def _decode(data: bytes) -> Any:
         return BadRow(f"not JSON ({error.msg}, {line}column {error.colno}); {hint or 'mend it'}.")
     except (ValueError, RecursionError) as error:  # a number or a nesting that Python refuses
         return BadRow(f"not JSON that can be read ({error}); mend or remove it.")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two keys with one name, Python's parser would keep the second in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = max(names, key=names.count)
+        raise ValueError(f"the key {twice!r:.60} stands there twice")
+    return found
+
+
+_parse = json.JSONDecoder(object_pairs_hook=_without_twins).decode
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -140,11 +153,11 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 def _csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[NumberedRow]:
     csv.field_size_limit(MAX_ROW_BYTES)  # the default refuses a text of 131,073 characters
-    number = 0
+    number, what = 0, "TSV" if delimiter == "\t" else "CSV"
     try:
         # strict: a quote that is never closed would swallow the rest of the file as one cell
         records = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
-        names = next(records, [])
+        names = next((cells for cells in records if cells), [])
         _check_header(names, path, delimiter)
         for cells in records:
             if not cells:  # an empty line
@@ -153,19 +166,16 @@ def _csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[NumberedRow]:
             if len(cells) == len(names):
                 yield number, dict(zip(names, cells, strict=True))
                 continue
-            what = "a tab" if delimiter == "\t" else "a comma"
-            yield (
-                number,
-                BadRow(
-                    f"its number of cells differs from the header's ({len(cells)}, not "
-                    f"{len(names)}); quote the cells that contain {what}."
-                ),
+            separator = "a tab" if delimiter == "\t" else "a comma"
+            reason = (
+                f"its number of cells differs from the header's ({len(cells)}, not {len(names)})"
             )
+            yield number, BadRow(f"{reason}; quote the cells that contain {separator}.")
     except UnicodeDecodeError as error:
         raise DatasetFormatError(f"{path}, row {number + 1}: {_not_utf8(error)}") from error
     except csv.Error as error:
         raise DatasetFormatError(
-            f"{path}, row {number + 1}: not CSV ({error}); double the quotes inside a cell, and "
+            f"{path}, row {number + 1}: not {what} ({error}); double the quotes inside a cell, and "
             "close each quote."
         ) from error
 
@@ -239,6 +249,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(path) as file:
             _check_columns(file.schema_arrow.names, path)
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                batch.validate(full=True)  # damaged offsets would be followed out of the memory
                 yield from batch.to_pylist()
 
     return _columnar(path, "Parquet", read)
@@ -252,6 +263,7 @@ def _arrow(path: Path) -> Iterator[Any]:
             batches = _arrow_batches(file)
             for batch in batches:
                 _check_columns(batch.schema.names, path)
+                batch.validate(full=True)  # likewise
                 for start in range(0, batch.num_rows, BATCH_ROWS):
                     yield from batch.slice(start, BATCH_ROWS).to_pylist()
 

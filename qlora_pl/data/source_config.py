@@ -36,7 +36,8 @@ class SourceConfig:
     revision: str | None = None
     """The commit or tag of a Hub dataset; None: the newest."""
     file: str | None = None
-    """The one file to read of a Hub dataset, for example unified_chip2.jsonl; None: all of them."""
+    """The files to read of a Hub dataset, a name or a pattern, for example unified_chip2.jsonl;
+    None: all of them."""
     format: str | None = None
     """What the columns mean: messages, sharegpt, oasst, unnatural-instructions,
     unnatural-instructions-full, alpaca, dolly, natural-instructions, prompt-response,

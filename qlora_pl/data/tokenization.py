@@ -16,6 +16,9 @@ from typing import Any, Protocol
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.templates import Rendering, Segment
 
+NO_TEXT = "\U0010ffff"
+"""A code point that no text holds."""
+
 
 class Tokens(Protocol):
     """The tokens of a text."""
@@ -150,6 +153,10 @@ class TextTokenizer:
 
         for token in source.get("added_tokens", []):
             token["special"] = token["special"] or token["content"] in self._control
+        if source["model"].get("type") == "Unigram":  # T5's: its control tokens are pieces of it
+            for place, piece in enumerate(source["model"]["vocab"]):
+                if piece[0] in self._control:
+                    piece[0] = f"{NO_TEXT}{place}"
         backend = Tokenizer.from_str(json.dumps(source))
         backend.post_processor = None
         backend.encode_special_tokens = True

@@ -132,6 +132,8 @@ def _weight(turn: Mapping[str, Any]) -> float:
 
 GUANACO_TURN = re.compile(r"### (Human|Assistant):")
 CHIP2_TURN = re.compile(r"(?:^|\n)<(human|bot)>:")
+MARKERS = {"guanaco": GUANACO_TURN, "chip2": CHIP2_TURN}
+"""Formats that are never guessed, by what their texts begin with."""
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 

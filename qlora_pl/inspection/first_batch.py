@@ -1,6 +1,7 @@
 """A run's first micro-batch, line by line: what is read, what is trained, what only fills.
 
-Works for both shapes of a batch: padded rows, and lines that hold several rows one after another.
+Works for every shape of a batch: padded rows, lines that hold several rows one after another, and
+pairs of a source and a target.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def first_batch(data: InstructionDataModule) -> BatchPicture | None:
 
 def picture(batch: Mapping[str, Any]) -> BatchPicture:
     """The numbers of a batch of torch tensors, as ``batch.Batch`` describes them."""
+    if "decoder_attention_mask" in batch:
+        batch = _side_by_side(batch)
     labels = np.asarray(batch["labels"])
     row_starts, is_read = _packed(batch) if "position_ids" in batch else _padded(batch)
     is_trained = labels != IGNORE_INDEX
@@ -65,6 +68,16 @@ def picture(batch: Mapping[str, Any]) -> BatchPicture:
         num_trained=int(is_trained.sum()),
         num_padding=int((~is_read).sum()),
     )
+
+
+def _side_by_side(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Pairs as padded rows: each line a source and its padding, then a target and its own."""
+    source, target = batch["attention_mask"], batch["decoder_attention_mask"]
+    nothing = np.full(np.shape(source), IGNORE_INDEX)
+    return {
+        "attention_mask": np.concatenate([np.asarray(source), np.asarray(target)], axis=1),
+        "labels": np.concatenate([nothing, np.asarray(batch["labels"])], axis=1),
+    }
 
 
 def _padded(batch: Mapping[str, Any]) -> tuple[list[list[int]], np.ndarray]:

@@ -118,7 +118,7 @@ def measure(run: RunData) -> tuple[DataNumbers, dict[str, Documents]]:
         settings=_settings(run),
         limits=run.data.limits,
         sources=_sources(run),
-        reports={key: read.split.report for key, read in run.data.read.items()},
+        reports={key: split.report for key, split in run.data.read.items()},
         splits={name: _split(split) for name, split in run.data.splits.items()},
         lengths=_lengths(run.whole[TRAIN], policies, run.data.max_length),
         policies=policies,
@@ -164,14 +164,18 @@ def _settings(run: RunData) -> dict[str, Any]:
         "data.max_lost_ratio": data.max_lost_ratio,
         "data.train_on": data.train_on,
         "data.append_eos": data.append_eos,
+        "data.encoding": data.encoding,
+        "data.on_error": data.on_error,
         "data.batch_size": data.batch_size,
+        "data.tokens_per_batch": data.tokens_per_batch,
+        "data.packing": data.packing,
         "data.group_by_length": data.group_by_length,
     }
 
 
 def _sources(run: RunData) -> list[SourceNumbers]:
     lines = []
-    for key, (_, split) in run.data.read.items():
+    for key, split in run.data.read.items():
         whole = Counter(place.source for place in Documents(run.whole[key]).places)
         kept = Counter(place.source for place in split.places)
         for source, count in whole.items():

@@ -54,7 +54,7 @@ def policy_losses(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> list
     num_trained = int(whole.rows.num_trained.sum())
     long_examples = list(_long_examples(whole, encoder, limits))
     lines = []
-    for policy in POLICIES if limits.max_target_length is None else OF_PAIRS:
+    for policy in OF_PAIRS if has_two_limits(encoder, limits) else POLICIES:
         wanted = replace(limits, overlong=policy)
         lost = left_out = endless = 0
         for example in long_examples:
@@ -70,11 +70,16 @@ def policy_losses(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> list
     return lines
 
 
+def has_two_limits(encoder: Encoder, limits: Limits) -> bool:
+    """Whether question and answer have a limit each."""
+    return encoder.is_paired or limits.max_target_length is not None
+
+
 def _long_examples(
     whole: EncodedSplit, encoder: Encoder, limits: Limits
 ) -> Iterator[EncodedExample]:
     dropping = replace(limits, overlong="drop")  # leaves nothing of what is too long
-    surely_short = min(limits.max_length, limits.max_target_length or limits.max_length)
+    surely_short = min(limits.max_length, limits.answer_limit)
     for example in _examples(whole, encoder, surely_short):
         if not encoder.fit(example, dropping):
             yield example
@@ -100,7 +105,7 @@ def _needed(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> np.ndarray
     """How many trained tokens need each limit to be kept; None: no token needs any."""
     if limits.overlong == "split":
         return None
-    if limits.max_target_length is None:
+    if not has_two_limits(encoder, limits):
         return needed_by_rows(whole.rows, limits.overlong, _num_bos(whole, encoder))
     needed = [encoder.needed(example, limits) for example in _examples(whole, encoder, 0)]
     return np.bincount(np.concatenate([np.zeros(0, np.int64), *needed]), minlength=1)

@@ -7,6 +7,7 @@ trained on; no trainer is built and no weight is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,22 +15,97 @@ import numpy as np
 from qlora_pl.cli import read_runs, settings
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.datamodule import InstructionDataModule
+from qlora_pl.data.lengths import Limits
 from qlora_pl.data.places import Place
-from qlora_pl.data.preparation import EncodedSplit
+from qlora_pl.data.preparation import EncodedSplit, prepare_split
+from qlora_pl.data.sources import RowSources
+from qlora_pl.data.splits import BaseFacts, limits_of
+from qlora_pl.errors import ConfigurationError, DatasetFormatError, QLoRAError
+from qlora_pl.files import cache_root
 
 TRAIN, VAL = "data.sources", "data.val_sources"
+
+
+class RowsOfRun(InstructionDataModule):
+    """A run's data module without a trainer, which reads on where ``fit`` would stop.
+
+    Args:
+        base: What is known of the run's model.
+        accumulation: The run's ``trainer.accumulate_grad_batches``.
+        settings: The run's ``data``.
+    """
+
+    def __init__(self, base: BaseFacts, accumulation: int, **settings: Any) -> None:
+        super().__init__(**settings | {"num_workers": 0})
+        self.base, self.accumulation = base, accumulation
+        self.limits = limits_of(self)
+        self.noted: list[str] = []
+        """Why ``fit`` would not start on these rows."""
+        self.read: dict[str, EncodedSplit] = {}
+        """The rows of each key, before they are split."""
+        self._sources: dict[str, RowSources] = {}
+
+    def setup(self, stage: str = "fit") -> None:
+        """Read training and validation rows, as far as they can be read.
+
+        Raises:
+            QLoRAError: if there are no training rows that could be looked at.
+        """
+        try:
+            super().setup(stage)
+        except QLoRAError as error:
+            if TRAIN not in self.read:
+                raise
+            if len(self.read[TRAIN].rows):  # else it follows from what is noted already
+                self.noted += str(error).splitlines()
+
+    def read_rows(self, sources: RowSources, key: str) -> EncodedSplit:
+        """See ``InstructionDataModule``."""
+        self._sources[key] = sources
+        self.read[key] = self._prepare(key, self.limits, self.noted)
+        return self.read[key]
+
+    def whole_rows(self, key: str) -> EncodedSplit:
+        """Every row that was read for a key, as it is before anything is cut or left out."""
+        report, longest = self.read[key].report, self.read[key].report.longest
+        if not (report.num_cut or report.num_split or report.num_dropped):
+            return self.read[key]
+        has_two = self.max_target_length is not None
+        limits = Limits(
+            max_length=longest, max_target_length=longest if has_two else None, max_lost_ratio=1.0
+        )
+        return self._prepare(key, limits, noted=[])
+
+    def _prepare(self, key: str, limits: Limits, noted: list[str]) -> EncodedSplit:
+        """With the rows that are not to blame, where one of them stops ``fit``."""
+        assert self.base is not None
+        root = cache_root(self.base.cache_dir) if self.cache else None
+        sources, processes = self._sources[key], self.encoding_processes
+        common = (key, root, processes)
+        try:
+            return prepare_split(sources, self.encoder, limits, *common, self.on_error, noted)
+        except (ConfigurationError, DatasetFormatError) as error:
+            if self.on_error == "skip" and limits.overlong != "error":
+                raise
+            noted += str(error).splitlines()
+        if limits.overlong == "error":
+            limits = replace(limits, overlong="drop")
+        return prepare_split(sources, self.encoder, limits, *common, "skip", noted)
 
 
 class RunData(NamedTuple):
     """What a run reads."""
 
     name: str
-    data: InstructionDataModule
+    data: RowsOfRun
     """Set up; without splits where nothing was left to split."""
     whole: dict[str, EncodedSplit]
-    """By the configuration key of their sources: every row as it is before ``data.max_length``."""
-    problems: list[str]
-    """Why ``fit`` would not start on these rows."""
+    """By the configuration key of their sources: every row before it is cut or left out."""
+
+    @property
+    def problems(self) -> list[str]:
+        """Why ``fit`` would not start on these rows."""
+        return self.data.noted
 
 
 def read_run(words: list[str]) -> RunData:
@@ -37,14 +113,13 @@ def read_run(words: list[str]) -> RunData:
 
     Raises:
         ConfigurationError: for every mistake that ``fit`` would name before it reads rows.
-        DatasetFormatError: if a training row is not what its format says.
+        DatasetFormatError: if no training row is what its format says.
     """
     (run,) = read_runs([words])
-    model: dict[str, Any] = settings(run.model)
-    data = InstructionDataModule(**settings(run.data) | {"num_workers": 0})
-    problems = data.setup_alone(model, run.trainer.accumulate_grad_batches)
-    whole = {key: data.whole_rows(key) for key in data.read}
-    return RunData(str(run.run.name), data, whole, problems)
+    base = BaseFacts.of(run.model)
+    data = RowsOfRun(base, run.trainer.accumulate_grad_batches, **settings(run.data))
+    data.setup()
+    return RunData(str(run.run.name), data, {key: data.whole_rows(key) for key in data.read})
 
 
 class Documents(Sequence[tuple[Place, Conversation]]):

@@ -57,6 +57,8 @@ class AdapterManifest:
     versions: dict[str, str]
     vocabulary_size: int | None = None
     """Rows that the base's embedding is to be resized to first; None: it stays as it is."""
+    auto_class: str = "AutoModelForCausalLM"
+    """The transformers class that loads the base."""
     format: int = MANIFEST_FORMAT
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of every other file of the folder."""

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.modeling.dora import keep_magnitude_in
+from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
 from qlora_pl.modeling.structure import full_match, head_name, linear_names, matches
 from qlora_pl.modeling.trained_biases import keep_trained_biases_in
 
@@ -273,7 +274,7 @@ def attach_adapters(
         init_lora_weights=True if config.init == "kaiming" else config.init,
         eva_config=peft.EvaConfig(rho=1.0) if config.init == "eva" else None,  # 1: equal ranks
         trainable_token_indices=dict(new_rows) if new_rows else None,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM",
     )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():

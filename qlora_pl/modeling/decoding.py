@@ -100,7 +100,8 @@ def generate_answers(
     """Answer left-padded prompts; modes and random states are as before afterwards.
 
     Args:
-        model: A causal LM, with or without adapters.
+        model: A language model, with or without adapters; a decoder beside an encoder writes the
+            answer alone, after its start token.
         tokenizer: Its tokenizer.
         input_ids: ``(B, T)``, padded on the left.
         attention_mask: ``(B, T)``.
@@ -109,8 +110,11 @@ def generate_answers(
     """
     from transformers import GenerationConfig  # slow to import
 
+    model_config: Any = model.config
+    num_given = 1 if model_config.is_encoder_decoder else input_ids.shape[1]
     generation = GenerationConfig(
         **config.for_transformers(),
+        decoder_start_token_id=getattr(model_config, "decoder_start_token_id", None),
         eos_token_id=sorted(stop_ids),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
@@ -119,7 +123,7 @@ def generate_answers(
         output = model.generate(  # type: ignore[operator]
             input_ids=input_ids, attention_mask=attention_mask, generation_config=generation
         )
-    answers = output[:, input_ids.shape[1] :].tolist()
+    answers = output[:, num_given:].tolist()
     return [tokenizer.decode(_until_stop(ids, stop_ids)).strip() for ids in answers]
 
 

@@ -8,15 +8,17 @@ need not do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from qlora_pl.batch import Batch
+from qlora_pl.batch import IGNORE_INDEX, Batch
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.decoding import evaluation_mode
+from qlora_pl.modeling.encoder_decoder import decoder_inputs
 from qlora_pl.modeling.loss import trained_logits
 
 
@@ -48,10 +50,12 @@ def start_at_activations(model: nn.Module, batches: Sequence[Batch]) -> None:
         with evaluation_mode(model), torch.no_grad():
             torch.manual_seed(0)  # of the sketches; the run's random states are put back
             for batch in batches:
-                seen.mask = batch["attention_mask"].to(device).bool()
-                trained_logits(
-                    model, batch["input_ids"].to(device), seen.mask.long(), nothing, nothing
-                )
+                inputs = {key: value.to(device) for key, value in _told_apart(batch).items()}
+                decoder = decoder_inputs(model, inputs)
+                masks = [value for key, value in inputs.items() if key.endswith("_mask")]
+                seen.masks = {mask.numel(): mask.flatten().bool() for mask in masks}
+                ids, mask = inputs["input_ids"], inputs["attention_mask"]
+                trained_logits(model, ids, nothing, nothing, attention_mask=mask, **decoder)
     finally:
         for handle in handles:
             handle.remove()
@@ -61,12 +65,24 @@ def start_at_activations(model: nn.Module, batches: Sequence[Batch]) -> None:
             layer.lora_A["default"].weight.copy_(seen.directions(name))
 
 
+def _told_apart(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A target as wide as its source is padded further: a width then tells whose mask counts."""
+    if "decoder_attention_mask" not in batch or batch["labels"].shape != batch["input_ids"].shape:
+        return batch
+    return {
+        **batch,
+        "labels": functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX),
+        "decoder_attention_mask": functional.pad(batch["decoder_attention_mask"], (0, 1)),
+    }
+
+
 class _Inputs:
     """The main directions of what each layer is given, carried on from batch to batch."""
 
     def __init__(self, ranks: dict[str, int]) -> None:
         self.ranks = ranks
-        self.mask = torch.ones(0)
+        self.masks: dict[int, Tensor] = {}
+        """``(B x T,)`` bool of each width at hand, by its length."""
         self.most_tokens = 0
         self._analyses: dict[str, Any] = {}
         self._last: tuple[Tensor | None, str] = (None, "")
@@ -85,8 +101,8 @@ class _Inputs:
             return
         self._last = (x, name)
         tokens = x.flatten(0, -2)  # some families have flattened them already
-        if len(tokens) == self.mask.numel():
-            tokens = tokens[self.mask.flatten()]
+        if len(tokens) in self.masks:
+            tokens = tokens[self.masks[len(tokens)]]
         self.most_tokens = max(self.most_tokens, len(tokens))
         if len(tokens) >= self.ranks[name]:
             self._analysis(name, tokens.shape[1]).partial_fit(tokens.float())

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from qlora_pl.errors import ConfigurationError, HardwareError
+from qlora_pl.modeling.encoder_decoder import auto_class, keep_float32_products
 from qlora_pl.modeling.identity import BaseIdentity, weight_files
 from qlora_pl.modeling.packed_cache import packed_folder, verify_packed, write_packed
-from qlora_pl.modeling.plan import AttentionKernel, QuantizationPlan, kernel_name
+from qlora_pl.modeling.plan import AttentionKernel, QuantizationPlan, fragile_modules, kernel_name
 from qlora_pl.modeling.prequantized import is_prequantized
 from qlora_pl.modeling.quantization import (
     INT8_OUTLIER_THRESHOLD,
@@ -108,6 +109,8 @@ def load_base(
     if keep_copy and source == "quantised now" and is_first_rank:
         write_packed(model, packed)
     keep_gradients_on_cpu(model)
+    if compute_dtype == torch.float16:
+        keep_float32_products(model, plan.fragile)
     model.requires_grad_(False)
     refuse_broken_forward(model, compute_dtype, plan)
     return LoadedBase(model, plan, compute_dtype, rest_dtype, source)  # type: ignore[arg-type]
@@ -124,10 +127,13 @@ def unquantized_dtype(config: QuantizationConfig, compute_dtype: torch.dtype) ->
 
 
 def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
-    from transformers import AutoModelForCausalLM  # slow to import
+    from transformers import AutoConfig  # slow to import
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=arguments["trust_remote_code"]
+        )
+        model, info = auto_class(config).from_pretrained(
             folder,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in ``info``
@@ -168,7 +174,7 @@ def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _cast_unquantized(model: Any, plan: QuantizationPlan, dtype: torch.dtype) -> None:
-    fragile = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    fragile = [*fragile_modules(model), *(model._keep_in_fp32_modules_strict or ())]
     for name, parameter in model.named_parameters():
         is_fragile = any(f".{part}." in f".{name}." for part in fragile)
         if name not in plan.quantized and parameter.is_floating_point() and not is_fragile:

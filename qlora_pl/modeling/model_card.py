@@ -89,7 +89,7 @@ def _loading(manifest: AdapterManifest) -> str:
         ]
     lines += [
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
+        f"from transformers import {manifest.auto_class}, AutoTokenizer, BitsAndBytesConfig",
         "",
         'folder = Path(".")',
         'manifest = json.loads((folder / "manifest.json").read_text())',
@@ -97,7 +97,7 @@ def _loading(manifest: AdapterManifest) -> str:
     if config is not None:
         lines.append('quantization = BitsAndBytesConfig(**manifest["quantization_config"])')
     lines += [
-        "base = AutoModelForCausalLM.from_pretrained(",
+        f"base = {manifest.auto_class}.from_pretrained(",
         f'    {base!r}, dtype="{manifest.quantization["unquantized_dtype"]}",',
     ]
     if manifest.base["revision"] is not None:

@@ -121,8 +121,8 @@ weight of it, kept in {manifest.lora["dtype"]}; prompt template `{manifest.templ
 `run.yaml` is the whole configuration; `manifest.json` holds the fingerprint of the base and the
 digest of every file here.
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import {manifest.auto_class}, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+    model = {manifest.auto_class}.from_pretrained(".", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(".")
 """

@@ -33,10 +33,11 @@ from qlora_pl.modeling.adapters import (
 )
 from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
+from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
 from qlora_pl.modeling.full_training import refuse_packed_weights, train_all_weights
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
-from qlora_pl.modeling.loss import Normalization, causal_lm_loss
+from qlora_pl.modeling.loss import Normalization
 from qlora_pl.modeling.mixed_precision import SkippedSteps, precision_plugin
 from qlora_pl.modeling.optimizer_state import (
     named_optimizer_state,
@@ -49,6 +50,7 @@ from qlora_pl.modeling.optimizers import (
     build_schedule,
     warn_of_high_rate,
 )
+from qlora_pl.modeling.packing_certificate import settle_packing
 from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.modeling.plan import AttentionKernel, build_skeleton
 from qlora_pl.modeling.prequantized import make_plan
@@ -69,7 +71,7 @@ CHECKPOINT_KEY = "qlora_pl"
 
 
 class QLoRAModule(LightningModule):
-    """A causal language model in 4 bits, with LoRA adapters to train.
+    """A language model in 4 bits, causal or encoder-decoder, with LoRA adapters to train.
 
     Args:
         model_name_or_path: The base: a folder, or a name on the Hub.
@@ -161,6 +163,7 @@ class QLoRAModule(LightningModule):
         skeleton = build_skeleton(
             self.identity.folder, self.attn_implementation, self.trust_remote_code
         )
+        refuse_other_rows(skeleton, getattr(self.trainer, "datamodule", None))
         self.plan = make_plan(self.identity.folder, skeleton, self.quantization)
         if self.lora.has_adapters:
             targets = resolve_targets(skeleton, self.lora)
@@ -179,6 +182,7 @@ class QLoRAModule(LightningModule):
         """Load the base on this rank's device and attach adapters; a second call returns."""
         if self.model is not None:
             self._choose_precision()  # another trainer may have another plugin
+            settle_packing(self, self.trainer)
             return
         assert self.identity is not None
         self.base = load_base(
@@ -205,6 +209,7 @@ class QLoRAModule(LightningModule):
             self.model = train_all_weights(self.base.model, self.base.compute_dtype)
         prepare_for_training(self.model, self.gradient_checkpointing)
         self._choose_precision()
+        settle_packing(self, self.trainer)
         if self.trainer.is_global_zero:
             name = self.model_name_or_path
             logger.info("%s", summarize(name, self.model, self.base, self.quantization))
@@ -235,7 +240,7 @@ class QLoRAModule(LightningModule):
 
         Lightning divides by the accumulation in any case, hence the factor.
         """
-        loss = causal_lm_loss(self._adapted, batch, self.normalize_loss_by)
+        loss = language_model_loss(self._adapted, batch, self.normalize_loss_by)
         self._micro_batches.append(MicroBatch.of(loss, batch))
         return loss.total * self.trainer.accumulate_grad_batches
 
@@ -245,7 +250,7 @@ class QLoRAModule(LightningModule):
         trained = self.trained_tensors()
         gradients = [p.grad for p in trained.values() if p.grad is not None]
         # Strategies average gradients over devices; the sum is the average times their number.
-        torch._foreach_mul_(gradients, self.trainer.world_size / max(sums.weight, 1.0))
+        torch._foreach_mul_(gradients, self.trainer.world_size / (sums.weight or 1.0))
         self.last_step = StepStatistics.of(
             sums,
             row_ids=[row for batch in self._micro_batches for row in batch.row_ids.tolist()],
@@ -265,7 +270,7 @@ class QLoRAModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch's token losses to the split's sum."""
-        loss = causal_lm_loss(self._adapted, batch)
+        loss = language_model_loss(self._adapted, batch)
         self._val_nats.update(loss.token_sum)
         self._val_tokens.update(loss.num_tokens)
 

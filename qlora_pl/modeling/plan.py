@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qlora_pl.errors import ConfigurationError
+from qlora_pl.modeling.encoder_decoder import auto_class, refuse_unknown_start
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.structure import (
     Role,
@@ -38,9 +39,12 @@ class QuantizationPlan:
     quantized: dict[str, tuple[int, ...]]
     """Parameters to be packed, and their shapes."""
     kept: dict[str, Role]
-    """Parameters that stay as they are, and why (``linear``: listed in ``skip_modules``)."""
+    """Parameters that stay as they are, and why (``linear``: listed in ``skip_modules``, or
+    ``fragile``)."""
     head: str | None
     """The output head; a tied one has no parameter of its own but must be left alone as well."""
+    fragile: tuple[str, ...] = ()
+    """Those kept because the family's authors except them from 16 bits (T5's ``wo``)."""
     replaced_classes: tuple[str, ...] = ()
     """Subclasses of ``nn.Linear`` that are quantised here, and left alone by plain transformers."""
 
@@ -62,15 +66,15 @@ def build_skeleton(
     """The model without its weights, on the meta device: names and shapes at no cost.
 
     Raises:
-        ConfigurationError: if transformers knows no such model, or it is not a causal LM, or its
+        ConfigurationError: if transformers knows no such model, or it does not write text, or its
             code would have to be run and may not be.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import
+    from transformers import AutoConfig  # slow to import
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            skeleton: nn.Module = AutoModelForCausalLM.from_config(
+            skeleton: nn.Module = auto_class(config).from_config(
                 config,
                 attn_implementation=kernel_name(attn_implementation),
                 trust_remote_code=trust_remote_code,
@@ -82,9 +86,11 @@ def build_skeleton(
                 "model.revision to the commit you read, and set model.trust_remote_code: true."
             ) from error
         raise ConfigurationError(
-            f"model.model_name_or_path: transformers cannot build a causal language model from "
-            f"'{folder}' ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+            "model.model_name_or_path: transformers cannot build a causal language model, or one "
+            f"with an encoder and a decoder, from '{folder}' "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]})."
         ) from error
+    refuse_unknown_start(skeleton)
     return skeleton
 
 
@@ -103,7 +109,7 @@ def plan_quantization(skeleton: nn.Module, config: QuantizationConfig) -> Quanti
     quantized: dict[str, tuple[int, ...]] = {}
     kept: dict[str, Role] = {}
     sizes: Counter[Role] = Counter()
-    fragile = list(getattr(skeleton, "_keep_in_fp32_modules", None) or [])  # its authors' list
+    fragile = fragile_modules(skeleton)
     for name, parameter, role in matrices(skeleton):
         owner = name.rpartition(".")[0]
         listed = matches(owner, config.skip_modules)
@@ -114,8 +120,9 @@ def plan_quantization(skeleton: nn.Module, config: QuantizationConfig) -> Quanti
             kept[name] = role
             sizes[role] += 0 if listed else parameter.numel()
     refuse_unmatched(config.skip_modules, [*quantized, *kept])
+    spared = fragile_linears(skeleton, kept)
     if not config.is_quantized:
-        return QuantizationPlan(quantized, kept, head_name(skeleton))
+        return QuantizationPlan(quantized, kept, head_name(skeleton), spared)
     num_weights = sum(parameter.numel() for parameter in skeleton.parameters())
     _refuse_unquantizable(kept, sizes, num_weights, config)
     if not quantized:
@@ -124,8 +131,22 @@ def plan_quantization(skeleton: nn.Module, config: QuantizationConfig) -> Quanti
             "set quant_type: none."
         )
     _refuse_unfit_shapes(skeleton, quantized, config)
-    return QuantizationPlan(
-        quantized, kept, head_name(skeleton), replaced_classes(skeleton, quantized)
+    classes = replaced_classes(skeleton, quantized)
+    return QuantizationPlan(quantized, kept, head_name(skeleton), spared, classes)
+
+
+def fragile_modules(model: Any) -> list[str]:
+    """Last parts of the modules that a family's authors keep out of 16 bits, let alone of 4."""
+    return sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def fragile_linears(skeleton: nn.Module, kept: dict[str, Role]) -> tuple[str, ...]:
+    """The linear ones among the parameters that are kept."""
+    fragile = fragile_modules(skeleton)
+    return tuple(
+        name
+        for name, role in kept.items()
+        if role == "linear" and matches(name.rpartition(".")[0], fragile)
     )
 
 

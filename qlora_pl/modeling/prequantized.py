@@ -16,6 +16,7 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.identity import safetensors_header, weight_files
 from qlora_pl.modeling.plan import (
     QuantizationPlan,
+    fragile_linears,
     plan_quantization,
     refuse_unmatched,
     replaced_classes,
@@ -84,7 +85,11 @@ def make_plan(folder: Path, skeleton: nn.Module, config: QuantizationConfig) -> 
     refuse_unmatched(config.skip_modules, [*quantized, *kept])
     _refuse_skipped(quantized, config)
     return QuantizationPlan(
-        quantized, kept, head_name(skeleton), replaced_classes(skeleton, quantized)
+        quantized,
+        kept,
+        head_name(skeleton),
+        fragile_linears(skeleton, kept),
+        replaced_classes(skeleton, quantized),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qlora_pl.batch import FILLER_ROW, Batch
+from qlora_pl.batch import FILLER_ROW
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.modeling.loss import LossSum
 
@@ -23,7 +23,8 @@ class StepSums(NamedTuple):
     """Sums over the micro-batches of a step and all devices."""
 
     weight: float
-    """What the gradients are divided by: trained tokens, rows or micro-batches."""
+    """What the gradients are divided by: trained tokens (as often as they count), rows or
+    micro-batches."""
     nats: float
     trained_tokens: float
     tokens: float
@@ -37,17 +38,28 @@ class MicroBatch(NamedTuple):
 
     loss: LossSum
     lengths: Tensor
-    """``(B,)`` tokens of each row."""
+    """``(R,)`` tokens of each row; of a pair, of both sides."""
+    num_pairs: Tensor
+    """``(R,)``; see ``StepStatistics.num_token_pairs``."""
     row_ids: Tensor
+    """``(R,)``."""
     num_padded_tokens: int
 
     @classmethod
-    def of(cls, loss: LossSum, batch: Batch) -> MicroBatch:
+    def of(cls, loss: LossSum, batch: Mapping[str, Any]) -> MicroBatch:
         """Without the graph, and without what the batch holds besides."""
-        lengths = batch["attention_mask"].sum(dim=1)
-        lengths = lengths * (batch["row_ids"] != FILLER_ROW)
+        is_packed = "document_lengths" in batch
+        lengths = batch["document_lengths"] if is_packed else batch["attention_mask"].sum(dim=1)
+        num_padded, num_pairs = batch["input_ids"].numel(), lengths.square()
+        if "decoder_attention_mask" in batch:
+            source, target = lengths, batch["decoder_attention_mask"].sum(dim=1)
+            lengths = source + target
+            # An encoder attends to all of its pairs, twice what is counted of a causal row.
+            num_pairs = lengths.square() + source.square()
+            num_padded += batch["decoder_attention_mask"].numel()
+        is_row = batch["row_ids"] != FILLER_ROW
         detached = loss._replace(total=loss.total.detach())
-        return cls(detached, lengths, batch["row_ids"], batch["attention_mask"].numel())
+        return cls(detached, lengths * is_row, num_pairs * is_row, batch["row_ids"], num_padded)
 
     def sums(self) -> Tensor:
         """The parts of ``StepSums``, float64, on the device: nothing waits until the step ends."""
@@ -58,7 +70,7 @@ class MicroBatch(NamedTuple):
             self.loss.num_tokens,
             lengths.sum(),
             lengths.new_tensor(self.num_padded_tokens),
-            lengths.square().sum(),
+            self.num_pairs.sum(),
             (self.row_ids != FILLER_ROW).sum(),
         )
         return torch.stack([part.double() for part in parts])
@@ -80,7 +92,8 @@ class StepStatistics:
     num_padded_tokens: int
     """Tokens with padding: what the model computed."""
     num_token_pairs: int
-    """Sum of the squared row lengths, for counting the operations of attention."""
+    """Sum of the squared row lengths, for counting the operations of attention; with an encoder
+    those of source and target together, and of the source once more."""
     num_rows: int
     row_ids: tuple[int, ...]
     """This device's rows of the step."""

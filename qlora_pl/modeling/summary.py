@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from qlora_pl.modeling.loading import LoadedBase
@@ -32,9 +34,25 @@ def summarize(
     if quantization.is_quantized:
         kind = ", ".join(wanted_kind(quantization))
         lines.append(f"{len(base.plan.quantized)} matrices in {kind}; {base.source}")
+        if fragile := base.plan.fragile:
+            lines.append(_spared(base, counts.total))
         kept = base.plan.kept.items()
         named = ("linear", "experts", "other")
-        if skipped := [matrix for matrix, role in kept if role in named]:
+        if skipped := [matrix for matrix, role in kept if role in named and matrix not in fragile]:
             more = f" and {len(skipped) - 8} more" if len(skipped) > 8 else ""
             lines.append(f"not quantised: {', '.join(skipped[:8])}{more}")
     return "\n".join(lines)
+
+
+def _spared(base: LoadedBase, total: int) -> str:
+    """How much a family's authors except from quantisation, and what it is kept in."""
+    weights: list[Any] = [
+        base.model.get_submodule(name.rpartition(".")[0]).weight for name in base.plan.fragile
+    ]
+    size = sum(weight.numel() for weight in weights)
+    names = sorted({name.split(".")[-2] for name in base.plan.fragile})
+    dtypes = sorted({str(weight.dtype).split(".")[-1] for weight in weights})
+    return (
+        f"not quantised, as the family's authors advise, but kept in {', '.join(dtypes)}: "
+        f"{', '.join(names)} ({len(weights)} matrices, {size:,} weights, {size / total:.1%})"
+    )

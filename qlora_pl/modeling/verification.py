@@ -6,6 +6,8 @@ word; either is found here, before anything is trained.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.decoding import evaluation_mode
+from qlora_pl.modeling.encoder_decoder import whole_inputs
 from qlora_pl.modeling.parameters import int8_scales
 from qlora_pl.modeling.plan import QuantizationPlan
 from qlora_pl.modeling.quantization import QuantizationConfig
@@ -84,15 +87,23 @@ def refuse_broken_forward(
         embedding.device.type, compute_dtype, enabled=compute_dtype == torch.float16
     )
     before = _versions(model, plan)
+    complaints: list[str] = []
     try:
-        with evaluation_mode(model), torch.no_grad(), autocast:
-            logits = model(input_ids=row.unsqueeze(0), use_cache=False).logits
+        with (
+            evaluation_mode(model),
+            torch.no_grad(),
+            autocast,
+            _watched(model, plan, complaints),
+        ):
+            logits = model(**whole_inputs(model, row.unsqueeze(0)), use_cache=False).logits
     except Exception as error:
         raise ConfigurationError(
             f"model.model_name_or_path: the loaded {type(model).__name__} cannot be run "
             f"({(str(error).splitlines() or [type(error).__name__])[0]}); if it uses a weight "
             "outside its layer, list that layer in model.quantization.skip_modules."
         ) from error
+    if complaints:
+        raise ConfigurationError(complaints[0])
     after = _versions(model, plan)
     if changed := [name for name in before if before[name] != after[name]]:
         raise ConfigurationError(
@@ -106,6 +117,44 @@ def refuse_broken_forward(
             f"model.quantization.compute_dtype: in {name} the base's logits are not numbers; "
             "take float32, or bfloat16 where the device has it."
         )
+
+
+@contextmanager
+def _watched(model: Any, plan: QuantizationPlan, complaints: list[str]) -> Iterator[None]:
+    """Note what a forward pass gives to packed layers and to the head that they cannot have.
+
+    LongT5 casts activations to the type of its ``wo``, which once packed is the type of codes.
+    """
+
+    def look_at_packed(name: str) -> Any:
+        def look(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if arguments and not arguments[0].is_floating_point():
+                complaints.append(
+                    f"model.quantization.skip_modules: a {type(model).__name__} casts what it "
+                    f"gives to '{name}' to the type of its packed codes; list "
+                    f"'{name.rpartition('.')[2]}' there to keep it unquantised."
+                )
+
+        return look
+
+    def look_at_head(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments[0].shape[:-1] != (1, PROBE_TOKENS):
+            complaints.append(
+                f"model.model_name_or_path: a {type(model).__name__} does not make its logits of "
+                "one vector a token, so its loss cannot be computed here; take another model."
+            )
+
+    handles = [
+        model.get_submodule(owner).register_forward_pre_hook(look_at_packed(owner))
+        for owner in (name.rpartition(".")[0] for name in plan.quantized)
+    ]
+    if (head := model.get_output_embeddings()) is not None:
+        handles.append(head.register_forward_pre_hook(look_at_head))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _versions(model: nn.Module, plan: QuantizationPlan) -> dict[str, tuple[int, ...]]:

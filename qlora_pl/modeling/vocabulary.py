@@ -41,11 +41,20 @@ def grow_vocabulary(model: Any, num_tokens: int) -> dict[str, list[int]]:
     Returns:
         The ids of the new rows by the name of the module that holds them: the embedding, and the
         head where it is not tied to it. Empty if every token had a row.
+
+    Raises:
+        ConfigurationError: if the head would not survive it.
     """
     rows = _embedding(model).weight.shape[0]
     if num_tokens <= rows:
         return {}
-    means = [_mean(module) for module in _holders(model).values()]
+    holders = _holders(model)
+    if len(holders) > 1 and model.config.tie_word_embeddings:  # T5 v1.1, Flan-T5, mT5
+        raise ConfigurationError(
+            f"model.grow_vocabulary: adding rows would tie this {type(model).__name__}'s own head "
+            "to its embedding, whatever its checkpoint says; use the base's own tokenizer."
+        )
+    means = [_mean(module) for module in holders.values()]
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
     holders = _holders(model)
     with torch.no_grad():

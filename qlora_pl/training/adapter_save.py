@@ -30,6 +30,7 @@ from qlora_pl.modeling.adapter_folder import (
     write_adapter_folder,
 )
 from qlora_pl.modeling.decoding import evaluation_mode
+from qlora_pl.modeling.encoder_decoder import auto_class_name, whole_inputs
 from qlora_pl.modeling.loading import bitsandbytes_config
 from qlora_pl.modeling.model_folder import read_tensor_digests, write_model_folder
 from qlora_pl.training.run_folder import digest_path
@@ -170,6 +171,7 @@ def make_manifest(module: Any, data: Any, step: int) -> AdapterManifest:
         data=data.describe() if data is not None else {},
         versions={name: version(name) for name in VERSIONED},
         vocabulary_size=module.vocabulary_size,
+        auto_class=auto_class_name(module.base.model),
     )
 
 
@@ -269,12 +271,13 @@ def compare_logits(module: LightningModule, tensors: Mapping[str, Tensor], folde
     model: Any = module.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
     probe = torch.arange(PROBE_TOKENS, device=module.device).remainder(vocabulary).unsqueeze(0)
+    inputs = whole_inputs(model, probe)
     live = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     kept = {name: tensor.clone() for name, tensor in live.items()}
     with evaluation_mode(model), torch.no_grad():
-        before = model(input_ids=probe, use_cache=False).logits
+        before = model(**inputs, use_cache=False).logits
         peft.set_peft_model_state_dict(model, dict(tensors))
-        after = model(input_ids=probe, use_cache=False).logits
+        after = model(**inputs, use_cache=False).logits
         peft.set_peft_model_state_dict(model, kept)
     if not torch.equal(before, after):
         raise TrainingStoppedError(

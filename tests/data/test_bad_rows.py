@@ -40,15 +40,11 @@ class Bad(NamedTuple):
     settings: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
-def lines(*rows: Any) -> bytes:
-    """A good row, and these behind it: dictionaries, or a line as it stands."""
-    texts = [row if isinstance(row, str) else json.dumps(row) for row in (GOOD, *rows)]
+def lines(*rows: Any, **columns: Any) -> bytes:
+    """A good row, and these behind it: dictionaries, lines as they stand, or one row's columns."""
+    rows = (GOOD, *rows, columns) if columns else (GOOD, *rows)
+    texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     return "".join(text + "\n" for text in texts).encode()
-
-
-def second(**row: Any) -> bytes:
-    """A good row, and one whose columns are these."""
-    return lines(row)
 
 
 def turns(*messages: Any) -> bytes:
@@ -101,6 +97,9 @@ TABLE: dict[str, Bad] = {
     # -- JSON --
     "broken JSON": Bad("x.jsonl", lines("{'a': 1}"), 2, ["not JSON", "column 2", "mend it"]),
     "two objects a line": Bad("x.jsonl", lines('{"a": 1}{"b": 2}'), 2, ["Extra data", "mend it"]),
+    "a key twice": Bad(
+        "x.jsonl", lines('{"text": "a", "text": "b"}'), 2, ["the key 'text'", "mend or remove it"]
+    ),
     "last line cut off": Bad("x.jsonl", CUT, 3, ["not JSON", "it may be cut off"]),
     "Latin-1": Bad(
         "x.jsonl", lines() + b'{"prompt": "\xe9"}\n', 2, ["not UTF-8 (byte 12)", "save the file"]
@@ -154,34 +153,30 @@ TABLE: dict[str, Bad] = {
         "x.tsv", b"prompt\tresponse\nq\ta\tb\n", 1, ["differs", "quote the cells", "a tab"]
     ),
     # -- columns --
-    "a column missing": Bad("x.jsonl", second(prompt="q"), 2, ["no 'response' field", "columns:"]),
-    "a null": Bad(
-        "x.jsonl", second(prompt="q", response=None), 2, ["'response' is null", "rename"]
-    ),
-    "a whole number": Bad("x.jsonl", second(prompt="q", response=5), 2, ["int 5", "in quotes"]),
-    "a number": Bad("x.jsonl", second(prompt=1.5, response="a"), 2, ["float 1.5", "in quotes"]),
+    "a column missing": Bad("x.jsonl", lines(prompt="q"), 2, ["no 'response' field", "columns:"]),
+    "a null": Bad("x.jsonl", lines(prompt="q", response=None), 2, ["'response' is null", "rename"]),
+    "a whole number": Bad("x.jsonl", lines(prompt="q", response=5), 2, ["int 5", "in quotes"]),
+    "a number": Bad("x.jsonl", lines(prompt=1.5, response="a"), 2, ["float 1.5", "in quotes"]),
     "a truth value": Bad(
-        "x.jsonl", second(prompt="q", response=True), 2, ["bool True", "the word that is meant"]
+        "x.jsonl", lines(prompt="q", response=True), 2, ["bool True", "the word that is meant"]
     ),
     "a list": Bad(
-        "x.jsonl", second(prompt="q", response=["a"]), 2, ["list ['a']", "Join its items"]
+        "x.jsonl", lines(prompt="q", response=["a"]), 2, ["list ['a']", "Join its items"]
     ),
-    "a mapping": Bad(
-        "x.jsonl", second(prompt="q", response={"text": "a"}), 2, ["dict", "the part"]
-    ),
+    "a mapping": Bad("x.jsonl", lines(prompt="q", response={"text": "a"}), 2, ["dict", "the part"]),
     "messages where text belongs": Bad(
         "x.jsonl",
-        second(prompt=[said("user")], response="a"),
+        lines(prompt=[said("user")], response="a"),
         2,
         ["list", "columns: {messages: OLD}"],
     ),
-    "an empty answer": Bad("x.jsonl", second(prompt="q", response=" \n"), 2, ["empty", "remove"]),
+    "an empty answer": Bad("x.jsonl", lines(prompt="q", response=" \n"), 2, ["empty", "remove"]),
     "half a surrogate pair": Bad(
         "x.jsonl", lines('{"prompt": "q", "response": "\\ud83d"}'), 2, ["surrogate", "Remove that"]
     ),
     "a NUL character": Bad(
         "x.jsonl",
-        second(prompt="q\0", response="a"),
+        lines(prompt="q\0", response="a"),
         2,
         ["NUL character (character 2)", "Remove it"],
     ),
@@ -344,11 +339,15 @@ TABLE: dict[str, Bad] = {
 }
 
 
+def write(what: str, folder: Path) -> tuple[Bad, Path]:
+    bad = TABLE[what]
+    (folder / bad.name).write_bytes(bad.data if isinstance(bad.data, bytes) else bad.data())
+    return bad, folder / bad.name
+
+
 @pytest.mark.parametrize("what", TABLE)
 def test_bad_input_is_one_sentence_with_file_row_and_remedy(what: str, tmp_path: Path):
-    bad = TABLE[what]
-    path = tmp_path / bad.name
-    path.write_bytes(bad.data if isinstance(bad.data, bytes) else bad.data())
+    bad, path = write(what, tmp_path)
     with pytest.raises(QLoRAError) as caught:
         list(read_conversations(RowSources.parse({"path": str(path), **bad.settings})))
     sentence = str(caught.value)
@@ -373,9 +372,7 @@ SKIPPABLE = [
 
 @pytest.mark.parametrize("what", SKIPPABLE)
 def test_a_bad_row_is_left_out_and_the_others_are_read(what: str, tmp_path: Path):
-    bad = TABLE[what]
-    path = tmp_path / bad.name
-    path.write_bytes(bad.data if isinstance(bad.data, bytes) else bad.data())
+    bad, path = write(what, tmp_path)
     report = ReadingReport()
     rows = list(read_conversations(RowSources.parse(str(path)), "skip", report))
     assert rows
@@ -386,14 +383,11 @@ def test_a_bad_row_is_left_out_and_the_others_are_read(what: str, tmp_path: Path
     assert bad.words[0] in skipped.reason
 
 
-UNSKIPPABLE = ["an open quote", "gzip that ends early", "a gzip bomb", "a web page", "UTF-16"]
-
-
-@pytest.mark.parametrize("what", UNSKIPPABLE)
+@pytest.mark.parametrize(
+    "what", ["an open quote", "gzip that ends early", "a gzip bomb", "a web page", "UTF-16"]
+)
 def test_a_file_whose_next_row_cannot_be_found_is_never_skipped(what: str, tmp_path: Path):
-    bad = TABLE[what]
-    path = tmp_path / bad.name
-    path.write_bytes(bad.data if isinstance(bad.data, bytes) else bad.data())
+    bad, path = write(what, tmp_path)
     with pytest.raises(DatasetFormatError, match=bad.words[0]):
         list(read_conversations(RowSources.parse(str(path)), "skip"))
 

@@ -15,20 +15,19 @@ from torch.utils.data import DataLoader
 
 from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch
 from qlora_pl.data.batching import (
-    STEPS_PER_LENGTH_GROUP,
     BatchKey,
     BatchLayout,
+    BatchShape,
     EvaluationBatches,
     InOrderSampler,
     PromptBatches,
     ResumableSampler,
     TrainingBatches,
-    collate,
-    collate_prompts,
-    epoch_steps,
 )
+from qlora_pl.data.collation import collate, collate_prompts
 from qlora_pl.data.encoded_example import EncodedExample
 from qlora_pl.data.encoded_rows import EncodedRows
+from qlora_pl.data.ordering import STEPS_PER_LENGTH_GROUP, epoch_steps
 
 PAD = 0
 
@@ -269,7 +268,7 @@ def test_rows_are_padded_on_the_right_and_masked_by_length():
     assert batch["row_ids"].tolist() == [1, 0]
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     assert [tensor.dtype for tensor in tensors] == [torch.int64] * 4
-    assert set(batch) == set(Batch.__annotations__)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "row_ids"}
 
 
 def test_prompts_are_padded_on_the_left():
@@ -295,6 +294,17 @@ def test_a_batch_is_as_wide_as_its_longest_row_rounded_up_to_8():
             assert batch["input_ids"][place, : rows.lengths[row]].eq(row).all()
 
 
+def test_a_loader_knows_its_length_without_listing_its_keys(monkeypatch: pytest.MonkeyPatch):
+    """A million rows: neither length nor sampler makes a list of them, or the order of an epoch."""
+    ones = np.ones(10**6, np.int64)
+    rows = EncodedRows(np.zeros(10**6, np.int32), ones.astype(bool), np.arange(10**6), ones, ones)
+    monkeypatch.setattr(TrainingBatches, "keys", lambda *_: pytest.fail("listed"))
+    batches = TrainingBatches(rows, BatchLayout(3, 4, 2), 5, True, PAD)
+    assert len(ResumableSampler(batches)) == len(batches) == -(-(10**6) // 6)
+    assert next(iter(ResumableSampler(batches, 2, 4 * 7 + 3))) == BatchKey(2, 7, 3)
+    assert batches._epoch.cache_info().currsize == 0
+
+
 # -- loaders -------------------------------------------------------------------------------------
 
 
@@ -312,9 +322,18 @@ def loaded(batches: TrainingBatches, epoch: int, position: int, num_workers: int
     return found + list(loader)
 
 
-def test_workers_change_nothing():
+@pytest.mark.parametrize(
+    "shape",
+    [
+        BatchShape(),
+        BatchShape(is_packed=True, max_length=128),
+        BatchShape(tokens_per_batch=256, max_length=100),
+    ],
+    ids=["rows", "packs", "budget"],
+)
+def test_workers_change_nothing(shape: BatchShape):
     rows = rows_of_lengths(random_lengths(45))
-    batches = TrainingBatches(rows, BatchLayout(2, 2), 3, True, PAD)
+    batches = TrainingBatches(rows, BatchLayout(2, 2), 3, True, PAD, shape)
     for alone, with_workers in zip(loaded(batches, 1, 5, 0), loaded(batches, 1, 5, 2), strict=True):
         assert all(torch.equal(alone[name], with_workers[name]) for name in alone)
 

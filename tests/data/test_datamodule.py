@@ -18,8 +18,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DistributedSampler
 
 from qlora_pl.batch import FILLER_ROW, Batch
-from qlora_pl.data.batching import epoch_steps
 from qlora_pl.data.datamodule import InstructionDataModule
+from qlora_pl.data.ordering import epoch_steps
 from qlora_pl.errors import CheckpointError, ConfigurationError, DatasetFormatError
 
 ROWS = [{"prompt": f"Question {n}?", "response": "7" * (1 + n % 9)} for n in range(30)]
@@ -165,7 +165,7 @@ def test_a_second_setup_reads_nothing(
 ):
     data = ready(val_size=6)
     before = dict(data.splits)
-    monkeypatch.setattr("qlora_pl.data.datamodule.prepare_split", None)
+    monkeypatch.setattr("qlora_pl.data.splits.prepare_split", None)
     for stage in ("fit", "validate", "predict"):
         data.setup(stage)
     assert data.splits == before
@@ -187,7 +187,7 @@ def test_what_was_cut_and_dropped_is_logged_before_the_split(
     long = {"prompt": "q", "response": "7" * 100}
     lost = {"prompt": "q" * 200, "response": "7"}
     data = make([*ROWS, long, lost], max_length=80, max_lost_ratio=1.0, val_size=4)
-    with caplog.at_level(logging.INFO, "qlora_pl.data.datamodule"):
+    with caplog.at_level(logging.INFO, "qlora_pl.data"):
         data.setup("fit")
     (line,) = [m for m in caplog.messages if m.startswith("data.sources: ")]
     assert "31 rows" in line
@@ -569,7 +569,7 @@ def test_the_models_revision_is_not_asked_of_another_tokenizer(
     make: Callable[..., InstructionDataModule], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A commit of the model's repository exists in no other."""
-    from qlora_pl.data import datamodule
+    from qlora_pl.data import splits
 
     asked_for: list[tuple[Any, ...]] = []
 
@@ -577,8 +577,8 @@ def test_the_models_revision_is_not_asked_of_another_tokenizer(
         asked_for.append((name, revision, cache_dir))
         return real(str(tiny_base))
 
-    real = datamodule.load_tokenizer
-    monkeypatch.setattr(datamodule, "load_tokenizer", load)
+    real = splits.load_tokenizer
+    monkeypatch.setattr(splits, "load_tokenizer", load)
     model = SimpleNamespace(model_name_or_path="a/model", revision="abc", cache_dir="/cache")
     for tokenizer in (None, "another/tokenizer"):
         data = on_device(make(tokenizer=tokenizer), 0, 1)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qlora_pl.data.conversation import Conversation, Message
@@ -209,6 +212,13 @@ def test_a_name_alone_is_fetched_from_its_place_on_the_hub(name: str, asked_for:
     assert asked_for == [(known.path, known.subset, "train", known.revision, known.file)]
 
 
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``datasets`` converts goes into a folder of the test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_one_file_of_a_repository_is_loaded_by_datasets_itself(tmp_path: Path):
     """The real loader on a folder, which it reads as it reads a repository."""
     for name in ("chip2", "alpaca"):
@@ -217,6 +227,20 @@ def test_one_file_of_a_repository_is_loaded_by_datasets_itself(tmp_path: Path):
     rows = load_hub_dataset(source)
     assert [row["text"][:8] for row in rows] == ["<human>:"] * 3
     assert hub_splits(SourceConfig(dataset="chip2")) == ["train"]
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("name", ["self_instruct-train.parquet", "train/0000.parquet"])
+def test_self_instruct_is_found_in_both_layouts_of_the_hubs_parquet_copies(
+    tmp_path: Path, name: str
+):
+    rows = [json.loads(line) for line in Path(fixture("self-instruct")).read_text().splitlines()]
+    for path, table in ((f"self_instruct/{name}", rows), (f"human_eval/{name}", [{"id": "x"}])):
+        (tmp_path / path).parent.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / path)
+    source = SourceConfig(dataset="self-instruct").resolved()
+    found = load_hub_dataset(replace(source, path=str(tmp_path), revision=None))
+    assert list(found) == rows
 
 
 # -- mistakes ------------------------------------------------------------------------------------

@@ -236,6 +236,9 @@ def test_sources_are_a_name_a_mapping_or_a_list_of_them():
     one = SourceConfig(path="a.jsonl")
     two = SourceConfig(path="b.csv", format="alpaca", limit=3, columns={"output": "response"})
     mapping = {"path": "b.csv", "format": "alpaca", "limit": 3, "columns": {"output": "response"}}
+    trees = SourceConfig(
+        dataset="oasst1", sample=9, sample_seed=1, weight=0.5, languages=("en", "de"), replies="all"
+    )
     for value, sources in (
         ("a.jsonl", (one,)),
         (Path("a.jsonl"), (one,)),
@@ -249,6 +252,12 @@ def test_sources_are_a_name_a_mapping_or_a_list_of_them():
         ),
         ("{path: a.jsonl}", (one,)),
         ({"path": Path("a.jsonl")}, (one,)),
+        (
+            "{dataset: oasst1, sample: 9, sample_seed: 1, weight: 0.5, languages: [en, de], "
+            "replies: all}",
+            (trees,),
+        ),
+        ({"dataset": "alpaca"}, (SourceConfig(dataset="alpaca"),)),
     ):
         parsed = RowSources.parse(value)
         assert parsed.sources == sources
@@ -301,6 +310,29 @@ def test_something_else_among_rows_in_memory_is_named():
         ({"path": "a", "subset": 3}, "data.x (a): subset must be text, got 3."),
         ({"path": "a", "revision": 1.0}, "data.x (a): revision must be text, got 1.0."),
         ({"path": "a", "format": 3}, "data.x (a): format must be text, got 3."),
+        ({"path": "a", "sample": 0}, "data.x (a): sample must be at least 1, got 0."),
+        ({"path": "a", "sample": 1.5}, "data.x (a): sample must be a whole number, got 1.5."),
+        ({"path": "a", "sample_seed": -1}, "data.x (a): sample_seed must be at least 0, got -1."),
+        ({"path": "a", "sample_seed": None}, "data.x (a): sample_seed must be a whole number"),
+        (
+            {"path": "a", "limit": 3, "sample": 3},
+            "data.x (a): limit takes the first rows and sample draws rows; remove one of the two.",
+        ),
+        ({"path": "a", "weight": 0}, "data.x (a): weight must be a number above 0, got 0."),
+        ({"path": "a", "weight": -1.0}, "data.x (a): weight must be a number above 0, got -1.0."),
+        ({"path": "a", "weight": True}, "data.x (a): weight must be a number above 0, got True."),
+        ("{path: a, weight: .nan}", "data.x (a): weight must be a number above 0, got nan."),
+        ("{path: a, weight: .inf}", "data.x (a): weight must be a number above 0, got inf."),
+        ({"path": "a", "weight": "2"}, "data.x (a): weight must be a number above 0, got '2'."),
+        ({"path": "a", "languages": "en"}, "data.x (a): languages must be a list of codes such"),
+        ({"path": "a", "languages": [1]}, "data.x (a): languages must be a list of codes such"),
+        ({"path": "a", "languages": 1}, "data.x (a): languages must be a list of codes such"),
+        ({"path": "a", "replies": "top"}, "data.x (a): replies must be one of best, all, got"),
+        (
+            {"path": "a", "documents": "page"},
+            "data.x (a): documents must be one of file, paragraph, line, got 'page'.",
+        ),
+        ({"path": 3, "dataset": "text"}, "data.x (3): path must be text, got 3."),
         (
             {"path": "a", "columns": "output"},
             "data.x (a): columns must be {NEW: OLD}, got 'output'.",
@@ -408,6 +440,13 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_one_sentence(hub: list[tuple[Any
         "data.sources: dataset 'someone/else' (split 'train') could not be loaded (no such "
         "dataset); check its name and the network, or download it and name its path."
     )
+
+
+def test_another_split_is_read_whole():
+    """What was drawn of the training rows says nothing about the others."""
+    train = SourceConfig(path="a/b", sample=5, weight=2.0, columns={"text": "x"})
+    assert train.of_split("test") == SourceConfig(path="a/b", split="test", columns={"text": "x"})
+    assert SourceConfig(path="a/b", limit=5).of_split("x") == SourceConfig(path="a/b", split="x")
 
 
 def test_a_file_has_no_splits(tmp_path: Path):

@@ -228,6 +228,23 @@ def test_a_chat_template_that_refuses_a_conversation_is_quoted():
         rendered_by.render(WITH_SYSTEM)
 
 
+def test_the_text_is_that_of_transformers():
+    """Rendered without the detour over ``apply_chat_template``, in the same characters."""
+    tokenizer = build("bytes")
+    with_tokens = "{{ bos_token }}" + CHAT_TEMPLATE.replace("<|im_end|>", "{{ eos_token }}")
+    for source in (CHAT_TEMPLATE, with_tokens, FORGETFUL):
+        rendered_by = load_template({"jinja": source}, tokenizer)
+        for conversation in (PLAIN, WITH_SYSTEM):
+            turns = [{"role": m.role, "content": m.content} for m in conversation.messages]
+            expected = tokenizer.apply_chat_template(turns, chat_template=source, tokenize=False)
+            text = "".join(segment.text for segment in rendered_by.render(conversation))
+            assert text == expected
+            asked_for = tokenizer.apply_chat_template(
+                turns[:-1], chat_template=source, tokenize=False, add_generation_prompt=True
+            )
+            assert rendered_by.render_prompt(conversation.prompt).text == asked_for
+
+
 # -- choosing one ------------------------------------------------------------------------------
 
 

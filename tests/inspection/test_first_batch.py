@@ -55,6 +55,22 @@ def test_a_packed_batch_is_read_by_its_positions() -> None:
     assert batch_drawing(seen).count('class="start"') == 1
 
 
+def test_pairs_are_drawn_side_by_side() -> None:
+    """Sources of 4 and 2 tokens, targets of 1 and 2."""
+    batch = {
+        "input_ids": torch.ones(2, 4, dtype=torch.int64),
+        "attention_mask": torch.tensor([[1] * 4, [1, 1, 0, 0]]),
+        "labels": torch.tensor([[7, NOT], [7, 7]]),
+        "decoder_attention_mask": torch.tensor([[1, 0], [1, 1]]),
+    }
+    seen = picture(batch)
+    assert (seen.width, seen.num_rows, seen.num_trained, seen.num_padding) == (6, 2, 3, 3)
+    assert [[s.kind for s in line.stretches] for line in seen.lines] == [
+        ["read", "trained", "padding"],
+        ["read", "padding", "trained"],
+    ]
+
+
 @pytest.mark.parametrize("max_length", [10, 100, 1000])
 def test_the_cut_off_is_drawn_inside_of_the_histogram(max_length: int) -> None:
     lengths = Lengths([0, 10, 20, 900], [3, 0, 1], {}, 0)

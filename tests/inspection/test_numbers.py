@@ -220,3 +220,43 @@ def test_a_kind_of_odd_row_is_found_and_what_looks_like_it_is_not(
     row = Conversation((Message("user", prompt), Message("assistant", answer)))
     found = find_odd_rows([(Place("rows", 1), row)], None)
     assert (kind in [item.name for item in found]) == is_found
+
+
+# -- other shapes of rows and batches ------------------------------------------------------------
+
+
+def words_of(base: Path, rows: Path, *more: str) -> list[str]:
+    return [word.replace("BASE", str(base)) for word in run_words(rows, *more)[1:]]
+
+
+def test_packs_are_seen_as_the_loader_makes_them(tiny_base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", BAD[:NUM_PLAIN])
+    more = ("--data.packing", "true", "--data.max_length", "512", "--data.batch_size", "2")
+    run = read_run(words_of(tiny_base, rows, *more, "--data.val_size", "2"))
+    batch = next(iter(run.data.train_dataloader()))
+    seen = measure(run)[0].batch
+    assert seen is not None
+    assert len(seen.lines) == len(batch["input_ids"])
+    assert seen.num_rows == len(batch["row_ids"]) > len(seen.lines)
+    assert seen.num_padding == batch["input_ids"].numel() - int(batch["document_lengths"].sum())
+    lengths = np.diff([start for line in seen.lines for start in line.row_starts])
+    expected = batch["document_lengths"].numpy()
+    assert all(a == b or a < 0 for a, b in zip(lengths, expected, strict=False))
+
+
+def test_rows_of_the_original_encoding_are_counted_by_both_limits(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """Sides of 60 tokens at most: what is lost is what the run's own report says."""
+    rows = write_rows(tmp_path / "rows.jsonl", BAD[: NUM_PLAIN + 3])
+    more = ("--data.encoding", "original", "--data.template", "alpaca", "--data.val_size", "0")
+    limits = ("--data.max_length", "200", "--data.max_target_length", "60")
+    run = read_run(words_of(tiny_base, rows, *more, *limits, "--model.lora.trainable_tokens", "[]"))
+    numbers, documents = measure(run)
+    report = numbers.reports["data.sources"]
+    by_name = {line.overlong: line for line in numbers.policies}
+    assert set(by_name) == {"cut", "drop"}
+    assert by_name["cut"].num_lost_tokens == report.num_lost_tokens > 0
+    assert numbers.lengths.num_too_long == report.num_cut
+    assert len(documents["train"]) == NUM_PLAIN + 3
+    assert any("data.max_target_length" in problem for problem in numbers.problems)

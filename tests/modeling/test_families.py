@@ -17,8 +17,8 @@ from plain_peft import reload_with_plain_peft
 from torch import Tensor, nn
 
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
+from qlora_pl.modeling.encoder_decoder import language_model_loss, whole_inputs
 from qlora_pl.modeling.loading import prepare_for_training
-from qlora_pl.modeling.loss import causal_lm_loss
 from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.training.monitoring import RunMetrics
 
@@ -30,9 +30,13 @@ pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in t
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
-def make_batch(device: torch.device = CPU) -> dict[str, Tensor]:
+def make_batch(family: Family, device: torch.device = CPU) -> dict[str, Tensor]:
     ids = torch.arange(5, 37, device=device).reshape(2, 16)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    if family.is_encoder_decoder:  # another width than the source's
+        batch["labels"] = ids.flip(1)[:, :8]
+        batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
+    return batch
 
 
 def give_random_b(model: nn.Module) -> None:
@@ -44,10 +48,10 @@ def give_random_b(model: nn.Module) -> None:
             parameter.data.copy_(values)
 
 
-def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(model: nn.Module, family: Family) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     device = next(model.parameters()).device
-    loss = causal_lm_loss(model, make_batch(device)).total
+    loss = language_model_loss(model, make_batch(family, device)).total
     loss.backward()
     return loss.detach(), {
         name: p.grad.clone() for name, p in trainable_tensors(model).items() if p.grad is not None
@@ -60,7 +64,10 @@ def test_every_linear_is_packed_and_nothing_else(family: Family, saved: Saver) -
     packed = [n for n, module in loaded.model.named_modules() if isinstance(module, Linear4bit)]
     assert len(packed) == family.num_linears == len(loaded.plan.quantized)
     assert {name.rpartition(".")[2] for name in packed} == set(family.linears)
-    assert set(loaded.plan.kept.values()) <= {"embedding", "head"}
+    kept = [name for name, role in loaded.plan.kept.items() if role not in ("embedding", "head")]
+    assert sorted(kept) == sorted(loaded.plan.fragile)
+    assert len(kept) == family.num_kept_linears
+    assert {name.split(".")[-2] for name in kept} == set(family.kept_linears)
 
 
 @every_family
@@ -76,11 +83,11 @@ def test_loss_and_gradients_are_the_float32_twins(family: Family, saved: Saver) 
     give_random_b(model)
     twin = attach_adapters(twin_of(loaded, folder), LORA, seed=0)
     twin.load_state_dict({n: p.data for n, p in trainable_tensors(model).items()}, strict=False)
-    expected, reference = loss_and_gradients(twin)
+    expected, reference = loss_and_gradients(twin, family)
     with torch.no_grad():  # a validation pass, after which bitsandbytes alone loses gradients
-        validated = causal_lm_loss(model.eval(), make_batch()).total
+        validated = language_model_loss(model.eval(), make_batch(family)).total
     for number in ("first", "second"):
-        loss, gradients = loss_and_gradients(model.train())
+        loss, gradients = loss_and_gradients(model.train(), family)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0, msg=number)
         assert gradients.keys() == reference.keys() == trainable_tensors(model).keys()
         for name, gradient in gradients.items():
@@ -104,13 +111,13 @@ def test_a_killed_run_ends_in_the_same_bytes_and_plain_peft_reads_them(
     row = torch.arange(5, 21).unsqueeze(0)
     assert module.model is not None
     with torch.no_grad():
-        expected = module.model.eval()(input_ids=row).logits
+        expected = module.model.eval()(**whole_inputs(module.model, row)).logits
         reloaded = reload_with_plain_peft(tmp_path / "whole" / "adapter")
-        answer = reloaded.eval()(input_ids=row).logits
+        answer = reloaded.eval()(**whole_inputs(module.model, row)).logits
     torch.testing.assert_close(answer, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     generated = reloaded.generate(input_ids=row, max_new_tokens=4, do_sample=False, pad_token_id=0)  # type: ignore[operator]
-    assert generated.shape[1] <= 20
-    assert generated.shape[1] > 16
+    num_given = 1 if family.is_encoder_decoder else row.shape[1]  # a decoder's start token
+    assert num_given < generated.shape[1] <= num_given + 4
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -125,7 +132,7 @@ def table() -> str:
     ]
     for family in FAMILIES:
         names = ", ".join(f"`{name}`" for name in family.linears)
-        count = f"{family.num_linears} of {family.num_linears}"
+        count = f"{family.num_linears} of {family.num_linears + family.num_kept_linears}"
         lines.append(
             f"| {family.name} | {names} | {count} | equal | byte for byte | equal | yes | "
             f"{family.note} |"

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 import qlora_pl.modeling.loss as loss_module
 from qlora_pl.batch import IGNORE_INDEX
-from qlora_pl.data.batching import collate
-from qlora_pl.data.encoding import EncodedRows
+from qlora_pl.data.collation import collate
+from qlora_pl.data.encoded_rows import EncodedRows
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.identity import identify_base
 from qlora_pl.modeling.loading import load_base, prepare_for_training
@@ -125,7 +125,9 @@ def test_logits_of_picked_positions_are_those_of_the_whole(model):
     """1e-5: float32 products of other matrix shapes, at logits of about 5."""
     batch = make_batch()
     row, position = torch.tensor([2, 0, 0]), torch.tensor([15, 3, 4])
-    picked = trained_logits(model, batch["input_ids"], batch["attention_mask"], row, position)
+    picked = trained_logits(
+        model, batch["input_ids"], row, position, attention_mask=batch["attention_mask"]
+    )
     expected = full_logits(model, batch)[row, position]
     torch.testing.assert_close(picked, expected, rtol=0, atol=1e-5)
 
@@ -170,9 +172,10 @@ def test_the_head_is_as_before_afterwards_even_after_an_error(model):
     batch = make_batch()
     before = full_logits(model, batch)
     causal_lm_loss(model, batch)
+    beyond = torch.tensor([99])
     with pytest.raises(IndexError):
         trained_logits(
-            model, batch["input_ids"], batch["attention_mask"], *[torch.tensor([99])] * 2
+            model, batch["input_ids"], beyond, beyond, attention_mask=batch["attention_mask"]
         )
     assert torch.equal(full_logits(model, batch), before)
     assert not model.get_output_embeddings()._forward_pre_hooks
@@ -252,6 +255,44 @@ def test_tokens_weigh_the_same_or_rows_do(model):
         assert loss.num_tokens == 12
         assert not loss.token_sum.requires_grad
         assert loss.total.dtype == loss.weight.dtype == torch.float32
+
+
+def test_a_token_counts_as_often_as_its_weight_says(model):
+    """By hand, from the losses of single tokens; a token of weight 0 is not trained at all.
+
+    1e-5: float32 sums in another order.
+    """
+    batch = make_batch(ROWS[:2])
+    draw = torch.Generator().manual_seed(1)
+    weights = torch.rand(batch["labels"].shape, generator=draw)
+    weights[0, 6] = 0
+    losses = []
+    for row, (length, first) in enumerate(ROWS[:2]):
+        logits = full_logits(model, batch)[row, first - 1 : length - 1]
+        targets = batch["labels"][row, first:length]
+        each = functional.cross_entropy(logits, targets, reduction="none")
+        losses.append((each.detach(), weights[row, first:length]))
+    sums = [float((each * weight).sum()) for each, weight in losses]
+    of_rows = [float(weight.sum()) for _, weight in losses]
+    weighted = batch | {"loss_weights": weights}
+    expected = {
+        "tokens": (sum(sums), sum(of_rows)),
+        "rows": (sums[0] / of_rows[0] + sums[1] / of_rows[1], 2),
+        "micro_batches": (sum(sums) / sum(of_rows), 1),
+    }
+    for normalize_by, (total, weight) in expected.items():
+        loss = causal_lm_loss(model, weighted, normalize_by)
+        assert loss.total.item() == pytest.approx(total, rel=1e-5)
+        assert loss.weight.item() == pytest.approx(weight, rel=1e-5)
+        assert loss.num_tokens == 7 + 4 - 1
+        plain = sum(float(each[weight > 0].sum()) for each, weight in losses)
+        assert loss.token_sum.item() == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(("given", "computed"), [("bfloat16", "float32"), ("float64", "float64")])
+def test_losses_are_in_float32_at_least(given, computed):
+    logits = torch.randn(5, 9).to(getattr(torch, given))
+    assert token_losses(logits, torch.arange(5)).dtype == getattr(torch, computed)
 
 
 @pytest.mark.parametrize("normalize_by", ["tokens", "rows"])

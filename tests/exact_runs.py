@@ -1,0 +1,156 @@
+"""A run in float64 whose weights stand still, and what its steps were; alone or as one of several.
+
+As a program it is one device of a run that ``torchrun`` would have started:
+``python exact_runs.py settings.json``, with the rank in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import Tensor
+
+from qlora_pl.data.datamodule import InstructionDataModule
+from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.module import QLoRAModule
+from qlora_pl.modeling.optimizers import OptimizerConfig
+from qlora_pl.modeling.quantization import QuantizationConfig
+
+
+class Float64Module(QLoRAModule):
+    """In float64 and with adapters away from zero, before anything is wrapped around it."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        draw = torch.Generator().manual_seed(0)
+        assert self.model is not None
+        self.model.double()
+        with torch.no_grad():
+            for parameter in self.trained_tensors().values():
+                noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+                parameter.add_(0.1 * noise)
+
+
+class Steps(Callback):
+    """Notes every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.validation: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == len(self.steps):
+            return
+        gradients = {name: p.grad.clone() for name, p in module.trained_tensors().items()}
+        step = module.last_step
+        self.steps.append(
+            {
+                "gradients": gradients,
+                "loss": step.loss,
+                "row_ids": list(step.row_ids),
+                "counts": (step.num_rows, step.num_trained_tokens, step.num_tokens),
+                "token_pairs": step.num_token_pairs,
+            }
+        )
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        self.validation = dict(module.last_evaluation)
+
+
+def run(settings: dict[str, Any]) -> tuple[QLoRAModule, Steps]:
+    """Train as ``settings`` say; their keys: base, rows, folder, data, accumulation, devices, by.
+
+    The learning rate is 1e-300, so that every step starts from the same weights.
+    """
+    seed_everything(7)
+    module = Float64Module(
+        settings["base"],
+        quantization=QuantizationConfig(quant_type="none", compute_dtype="float32"),
+        lora=LoRAConfig(r=4),
+        optimizer=OptimizerConfig(name="sgd", lr=1e-300),
+        normalize_loss_by=settings.get("by", "tokens"),
+        gradient_checkpointing=settings.get("gradient_checkpointing", False),
+    )
+    data = InstructionDataModule(
+        settings["rows"],
+        **{"template": "guanaco", "val_size": 0, "max_length": 64} | settings["data"],
+    )
+    steps, devices = Steps(), settings.get("devices", 1)
+    trainer = Trainer(
+        default_root_dir=settings["folder"],
+        max_epochs=settings.get("epochs", 1),
+        accumulate_grad_batches=settings["accumulation"],
+        accelerator="cpu",
+        devices=devices,
+        strategy="auto" if devices == 1 else "ddp",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        callbacks=[steps],
+    )
+    trainer.fit(module, data)
+    return module, steps
+
+
+def run_on_two(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The same as two processes that talk through gloo; what each of them noted."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "settings.json").write_text(json.dumps(settings | {"devices": 2}))
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder / "settings.json")],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def largest_error(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The worst tensor's difference, as a share of its norm (or of a thousandth of the whole's).
+
+    A key's bias moves all scores of a row alike: its gradient is rounding and has no size.
+    """
+    assert ours.keys() == expected.keys()
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    return max(
+        float((ours[name] - gradient).norm() / max(gradient.norm(), 1e-3 * whole))
+        for name, gradient in expected.items()
+    )
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    _, noted = run(json.loads(path.read_text()))
+    rank = os.environ["RANK"]
+    torch.save(
+        {"steps": noted.steps, "validation": noted.validation}, path.parent / f"rank{rank}.pt"
+    )
