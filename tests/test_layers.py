@@ -106,6 +106,7 @@ MAY_USE: dict[str, set[str]] = {
     "training": {"torch", "numpy", "lightning", "peft", "yaml"},
     "inspection": {"numpy"},
     "inspection.duplicates": {"numpy", "tqdm"},
+    "inspection.policies": {"numpy", "tqdm"},
     "inspection.command": set(),
 }
 LAYERS: dict[str, set[str]] = {

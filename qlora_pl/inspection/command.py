@@ -78,7 +78,8 @@ def inspect_data(options: argparse.Namespace, run_words: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     run = read_run(run_words)
     numbers, documents = measure(run)
-    choices = choose_rows(documents, run.data.max_length, numbers.odd, wanted, options.rows)
+    cut_off = None if numbers.is_paired else numbers.limits.max_length
+    choices = choose_rows(documents, cut_off, numbers.odd, wanted, options.rows)
     rows = trace_rows(documents, choices, run.data.encoder, run.data.limits)
     write_atomic(output, page(numbers, rows))
     print(json.dumps(numbers.to_plain(), indent=2) if options.json else summary(numbers))

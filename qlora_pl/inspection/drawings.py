@@ -14,10 +14,15 @@ LINES_SHOWN = 64
 LINE_HEIGHT = 14
 
 
-def histogram(lengths: Lengths, max_length: int) -> str:
-    """Rows by their number of tokens, with the cut-off; bars beyond it are in another colour."""
+def histogram(lengths: Lengths, max_length: int | None) -> str:
+    """Rows by their number of tokens, with the cut-off; bars beyond it are in another colour.
+
+    Args:
+        lengths: Of the rows.
+        max_length: The cut-off; None: there is no single one.
+    """
     width = lengths.edges[1] - lengths.edges[0]
-    end = max(lengths.edges[-2] + width, max_length + 1)
+    end = max(lengths.edges[-2] + width, (max_length or 0) + 1)
     across = (WIDTH - LEFT - RIGHT) / end
     most = max(max(lengths.counts), 1)
     floor = HEIGHT - BOTTOM
@@ -33,7 +38,8 @@ def histogram(lengths: Lengths, max_length: int) -> str:
         if not count:
             continue
         height = max(count * up, 1.5)  # a single row must not vanish
-        kind = "count over" if first > max_length else "count"
+        is_over = max_length is not None and first > max_length
+        kind = "count over" if is_over else "count"
         title = f"{first:,} to {after - 1:,} tokens: {count:,} rows"
         parts.append(
             f'<rect class="{kind}" x="{LEFT + first * across:.1f}" y="{floor - height:.1f}" '
@@ -48,15 +54,18 @@ def histogram(lengths: Lengths, max_length: int) -> str:
             f'<text x="{WIDTH - RIGHT}" y="{floor - 8}" text-anchor="end">'
             f"{lengths.edges[-2]:,} and longer: {lengths.counts[-1]:,}</text>"
         )
-    x = LEFT + max_length * across
-    anchor = "end" if x > WIDTH / 2 else "start"
-    shift = -6 if anchor == "end" else 6
-    parts += [
+    if max_length is not None:
+        parts += _cut_off(LEFT + max_length * across, max_length, floor)
+    return _svg(parts, HEIGHT, "Rows by their number of tokens")
+
+
+def _cut_off(x: float, max_length: int, floor: int) -> list[str]:
+    anchor, shift = ("end", -6) if x > WIDTH / 2 else ("start", 6)
+    return [
         f'<line class="limit" x1="{x:.1f}" y1="6" x2="{x:.1f}" y2="{floor}"/>',
         f'<text class="limit-name" x="{x + shift:.1f}" y="16" text-anchor="{anchor}">'
         f"data.max_length {max_length:,}</text>",
     ]
-    return _svg(parts, HEIGHT, "Rows by their number of tokens")
 
 
 def batch_drawing(batch: BatchPicture) -> str:

@@ -17,7 +17,7 @@ from qlora_pl.data.preparation import EncodedSplit
 from qlora_pl.inspection.duplicates import alike, same
 from qlora_pl.inspection.first_batch import BatchPicture, first_batch
 from qlora_pl.inspection.odd_rows import OddKind, find_odd_rows
-from qlora_pl.inspection.policies import PolicyLosses, policy_losses
+from qlora_pl.inspection.policies import PolicyLosses, has_two_limits, policy_losses
 from qlora_pl.inspection.repetition import Overlap, Repetition, overlap, repetition, within
 from qlora_pl.inspection.run_data import TRAIN, Documents, RunData, whole_documents
 from qlora_pl.inspection.wording import count_letters, prompt_wording, wording
@@ -68,6 +68,8 @@ class DataNumbers:
     problems: list[str]
     settings: dict[str, Any]
     limits: Limits
+    is_paired: bool
+    """Whether question and answer have a limit each."""
     sources: list[SourceNumbers]
     reports: dict[str, DataReport]
     splits: dict[str, SplitNumbers]
@@ -117,6 +119,7 @@ def measure(run: RunData) -> tuple[DataNumbers, dict[str, Documents]]:
         problems=run.problems,
         settings=_settings(run),
         limits=run.data.limits,
+        is_paired=has_two_limits(run.data.encoder, run.data.limits),
         sources=_sources(run),
         reports={key: split.report for key, split in run.data.read.items()},
         splits={name: _split(split) for name, split in run.data.splits.items()},

@@ -107,6 +107,8 @@ def _sources(numbers: DataNumbers) -> str:
 
 def _lengths(numbers: DataNumbers) -> str:
     lengths = numbers.lengths
+    cut_off = None if numbers.is_paired else numbers.limits.max_length
+    whose = " (question and answer together; each has a limit)" if numbers.is_paired else ""
     budget = numbers.limits.max_lost_ratio
     told = "; ".join(
         f"{'the longest' if p == '100' else f'{p} % up to'} {tokens:,}"
@@ -135,8 +137,8 @@ def _lengths(numbers: DataNumbers) -> str:
         chosen=[p.is_chosen for p in numbers.policies],
     )
     return (
-        f'<div class="wide">{histogram(lengths, numbers.limits.max_length)}</div>\n'
-        f"<p>Training rows by their tokens, before anything is cut: {told}. "
+        f'<div class="wide">{histogram(lengths, cut_off)}</div>\n'
+        f"<p>Training rows by their tokens{whose}, before anything is cut: {told}. "
         f"Longer than <code>{numbers.limits}</code>: {lengths.num_too_long:,}.</p>\n"
         f"<p>What each way with long rows takes away at this length:</p>\n{ways}\n"
         '<p class="note">Rows without an end are left of long rows and do not end in a stop token '

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple, get_args
 
 import numpy as np
+from tqdm import tqdm
 
 from qlora_pl.data.audit import sufficient_length
 from qlora_pl.data.chunks import trained_rows
@@ -88,9 +89,14 @@ def _long_examples(
 def _examples(whole: EncodedSplit, encoder: Encoder, longer_than: int) -> Iterator[EncodedExample]:
     chosen = np.flatnonzero(whole.rows.lengths > longer_than)
     some = whole.select(chosen).conversations.each()
-    for start in range(0, len(some), TOKENIZER_CHUNK):
-        for examples in encoder.encode(list(some[start : start + TOKENIZER_CHUNK])):
-            yield from examples
+    with tqdm(
+        total=len(some), desc="fitting", unit=" rows", unit_scale=True, delay=1.0, leave=False
+    ) as bar:
+        for start in range(0, len(some), TOKENIZER_CHUNK):
+            chunk = list(some[start : start + TOKENIZER_CHUNK])
+            for examples in encoder.encode(chunk):
+                yield from examples
+            bar.update(len(chunk))
 
 
 def _ends_in_stop(row: EncodedExample, encoder: Encoder) -> bool:

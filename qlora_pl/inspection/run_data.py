@@ -67,12 +67,13 @@ class RowsOfRun(InstructionDataModule):
 
     def whole_rows(self, key: str) -> EncodedSplit:
         """Every row that was read for a key, as it is before anything is cut or left out."""
-        report, longest = self.read[key].report, self.read[key].report.longest
+        report = self.read[key].report
         if not (report.num_cut or report.num_split or report.num_dropped):
             return self.read[key]
+        room = report.longest + report.longest_target
         has_two = self.max_target_length is not None
         limits = Limits(
-            max_length=longest, max_target_length=longest if has_two else None, max_lost_ratio=1.0
+            max_length=room, max_target_length=room if has_two else None, max_lost_ratio=1.0
         )
         return self._prepare(key, limits, noted=[])
 

@@ -62,7 +62,7 @@ class ShownRow(NamedTuple):
 
 def choose_rows(
     documents: Mapping[str, Documents],
-    max_length: int,
+    max_length: int | None,
     odd: Sequence[OddKind],
     wanted: Sequence[tuple[str, int]] = (),
     count: int | None = None,
@@ -71,7 +71,7 @@ def choose_rows(
 
     Args:
         documents: By split.
-        max_length: Tokens that a row may have.
+        max_length: Tokens that a row may have; None: question and answer have a limit each.
         odd: What was found of each kind.
         wanted: Files and row numbers; an empty file: the only one.
         count: So many training rows, evenly spread. None, and nothing wanted: the first row, the
@@ -94,17 +94,22 @@ def choose_rows(
 
 
 def _telling(
-    train: Documents, documents: Mapping[str, Documents], max_length: int, odd: Sequence[OddKind]
+    train: Documents,
+    documents: Mapping[str, Documents],
+    max_length: int | None,
+    odd: Sequence[OddKind],
 ) -> Iterator[Choice]:
     rows = train.split.rows
     if not len(rows):
         return
     yield Choice("train", 0, "the first row")
     yield Choice("train", int(np.argmax(rows.lengths)), "the longest row")
-    long_rows = np.flatnonzero(rows.lengths > max_length).tolist()
+    long_rows = [] if max_length is None else np.flatnonzero(rows.lengths > max_length).tolist()
     lost = [int((rows[row][1][max_length:] >= 0).sum()) for row in long_rows]
     if any(lost):
-        yield Choice("train", long_rows[int(np.argmax(lost))], "most of its answer is too far back")
+        yield Choice(
+            "train", long_rows[int(np.argmax(lost))], "most trained tokens behind data.max_length"
+        )
     if odd:
         at = _by_place(documents)
         for kind in odd[:ODD_KINDS_SHOWN]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from qlora_pl.inspection.numbers import DataNumbers, measure
 from qlora_pl.inspection.odd_rows import CONTROL_TOKEN, find_odd_rows
 from qlora_pl.inspection.policies import POLICIES, needed_by_rows, policy_losses
 from qlora_pl.inspection.run_data import read_run
+from qlora_pl.inspection.traced_rows import choose_rows, trace_rows
 from qlora_pl.inspection.wording import count_letters, normalized, wording
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # runs are parsed in this process
@@ -260,3 +262,25 @@ def test_rows_of_the_original_encoding_are_counted_by_both_limits(
     assert numbers.lengths.num_too_long == report.num_cut
     assert len(documents["train"]) == NUM_PLAIN + 3
     assert any("data.max_target_length" in problem for problem in numbers.problems)
+
+
+def test_pairs_of_an_encoder_decoder_model_are_counted_and_traced(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """T5's: what is lost is what the run's own report says, and tokens are those of the loader."""
+    rows = write_rows(tmp_path / "rows.jsonl", BAD[: NUM_PLAIN + 3])
+    more = ("--data.template", "plain", "--data.val_size", "0", "--data.max_length", "60")
+    run = read_run(words_of(saved("T5"), rows, *more))
+    numbers, documents = measure(run)
+    report = numbers.reports["data.sources"]
+    by_name = {line.overlong: line for line in numbers.policies}
+    assert by_name["cut"].num_lost_tokens == report.num_lost_tokens > 0
+    assert by_name["cut"].lost_ratio == report.lost_ratio
+    assert numbers.lengths.num_too_long == report.num_cut
+    assert numbers.batch is not None
+    assert numbers.batch.num_rows == run.data.batch_size
+    choices = choose_rows(documents, None, numbers.odd, count=99)
+    shown = trace_rows(documents, choices, run.data.encoder, run.data.limits)
+    kept = [[t.id for t in row.tokens if t.id is not None and not t.is_lost] for row in shown]
+    split = run.data.splits["train"].rows
+    assert kept == [split[row][0].tolist() for row in range(len(split))]

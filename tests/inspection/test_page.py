@@ -169,7 +169,7 @@ def test_by_default_the_rows_that_tell_most_are_shown(
     first, longest, *odd = choices
     assert (first.number, first.reason) == (0, "the first row")
     assert longest.number == len(BAD) - 1
-    assert longest.reason == "the longest row; most of its answer is too far back"
+    assert longest.reason == "the longest row; most trained tokens behind data.max_length"
     assert [choice.reason for choice in odd] == [kind.name for kind in looked.numbers.odd[:4]]
 
 
