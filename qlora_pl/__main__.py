@@ -22,12 +22,16 @@ TRAINER_COMMANDS = {
     "test": "Loss and perplexity on the test rows.",
     "predict": "Answer the prompts of the validation rows, into predictions.jsonl.",
 }
+OTHER_COMMANDS = {
+    "inspect": "inspect data: look at the rows that fit would train on, without a model.",
+}
+COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
 
 
 def help_text() -> str:
     """What ``qlora-pl --help`` prints."""
-    width = max(map(len, TRAINER_COMMANDS)) + 2
-    commands = "\n".join(f"  {name:{width}}{text}" for name, text in TRAINER_COMMANDS.items())
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:{width}}{text}" for name, text in COMMANDS.items())
     return f"""usage: qlora-pl COMMAND [--config FILE] [--KEY VALUE ...]
 
 QLoRA fine-tuning in PyTorch Lightning {__version__}.
@@ -49,12 +53,12 @@ def main() -> int:
     if command in ("-V", "--version"):
         print(f"qlora-pl {__version__}")
         return 0
-    if command not in TRAINER_COMMANDS:
-        end = did_you_mean(command, TRAINER_COMMANDS)
-        known = "" if end != "." else f" (there are {', '.join(TRAINER_COMMANDS)})"
+    if command not in COMMANDS:
+        end = did_you_mean(command, COMMANDS)
+        known = "" if end != "." else f" (there are {', '.join(COMMANDS)})"
         return fail(f"no command is called '{command}'{known}{end}")
     try:
-        return run_trainer_command()
+        return run_trainer_command() if command in TRAINER_COMMANDS else run_inspect()
     except QLoRAError as error:
         fail(str(error))
         return error.exit_code
@@ -83,6 +87,15 @@ def run_trainer_command() -> int:
     return 0
 
 
+def run_inspect() -> int:
+    """Hand over to ``inspect``, which parses a run's words with the run's parser."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten()
+    from qlora_pl.inspection.command import inspect
+
+    return inspect(sys.argv[2:])
+
+
 def quieten() -> None:
     """Let this project speak, and the libraries only when something is wrong.
 
@@ -98,6 +111,7 @@ def quieten() -> None:
         "Total length of `list` across ranks is zero",  # no validation rows were asked for
         ".*when logging on epoch level in distributed setting",  # the sums are exchanged already
         "The `srun` command is available on your system",
+        "LightningCLI's args parameter is intended",  # a run is read for a command of another name
     ):
         warnings.filterwarnings("ignore", message=useless)
 

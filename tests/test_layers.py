@@ -104,9 +104,13 @@ MAY_USE: dict[str, set[str]] = {
     "modeling.optimizers": {"torch", "bitsandbytes"},
     "modeling.module": {"torch", "lightning", "torchmetrics"},
     "training": {"torch", "numpy", "lightning", "peft", "yaml"},
+    "inspection": {"numpy"},
+    "inspection.duplicates": {"numpy", "tqdm"},
+    "inspection.policies": {"numpy", "tqdm"},
+    "inspection.command": set(),
 }
 LAYERS: dict[str, set[str]] = {
-    "__main__": {"cli", "errors", "__init__"},
+    "__main__": {"cli", "inspection", "errors", "__init__"},
     "__init__": {"data", "modeling", "training", "errors", "batch"},
     "errors": set(),
     "files": {"errors"},
@@ -118,6 +122,7 @@ LAYERS: dict[str, set[str]] = {
     "data": {"data", "errors", "batch", "files"},
     "modeling": {"modeling", "errors", "batch", "files"},
     "training": {"training", "modeling", "data", "errors", "batch", "files"},
+    "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
 }
 
 

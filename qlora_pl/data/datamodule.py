@@ -168,6 +168,8 @@ class InstructionDataModule(LightningDataModule):
         self.splits: dict[str, EncodedSplit] = {}
         self.base: BaseFacts | None = None
         """What is known of the model; None: asked of the trainer's."""
+        self.accumulation = 1
+        """Micro-batches of a step where there is no trainer to ask."""
         self._resume_from = {"epoch": 0, "position": 0}
         if problems := self.problems():
             raise ConfigurationError(problems)
@@ -191,10 +193,10 @@ class InstructionDataModule(LightningDataModule):
 
     def _setup_fit(self) -> None:
         self._prepare_encoder()
-        train = self._read(self.sources, "data.sources")
+        train = self.read_rows(self.sources, "data.sources")
         val_sources = self.val_sources or hub_split(self.sources, ("validation", "eval", "dev"))
         if val_sources:
-            val = self._read(val_sources, "data.val_sources")
+            val = self.read_rows(val_sources, "data.val_sources")
         else:
             train, val = split_off(train, self.val_size, self.val_seed)
         self.splits["train"] = first_rows(train, self.max_train_samples)
@@ -209,7 +211,7 @@ class InstructionDataModule(LightningDataModule):
         if not sources:
             raise ConfigurationError("data.test_sources: no test rows are named; set it to a file.")
         self._prepare_encoder()
-        self.splits["test"] = self._read(sources, "data.test_sources")
+        self.splits["test"] = self.read_rows(sources, "data.test_sources")
 
     def _prepare_encoder(self) -> None:
         self.encoder = prepare_encoder(self, self._base())
@@ -217,7 +219,8 @@ class InstructionDataModule(LightningDataModule):
         if self.encoder.is_paired and (problems := pair_problems(self)):
             raise ConfigurationError(problems)
 
-    def _read(self, sources: RowSources, key: str) -> EncodedSplit:
+    def read_rows(self, sources: RowSources, key: str) -> EncodedSplit:
+        """The rows of these sources, encoded and checked; ``key`` is where they are named."""
         return read_split(self, self.encoder, self._base(), sources, key)
 
     def _base(self) -> BaseFacts:
@@ -234,7 +237,7 @@ class InstructionDataModule(LightningDataModule):
         )
 
     def _training_layout(self) -> BatchLayout:
-        accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        accumulation = getattr(self.trainer, "accumulate_grad_batches", self.accumulation)
         # With a token budget the unit is a whole micro-batch, and no number of rows has a meaning.
         return self._layout(1 if self.tokens_per_batch else self.batch_size, accumulation)
 

@@ -94,16 +94,10 @@ def read_split(
     settings: Any, encoder: Encoder, base: BaseFacts, sources: RowSources, key: str
 ) -> EncodedSplit:
     """The rows of these sources, encoded and checked; says what became of them."""
-    limits = Limits(
-        max_length=settings.max_length,
-        max_target_length=settings.max_target_length,
-        overlong=settings.overlong,
-        max_lost_ratio=settings.max_lost_ratio,
-    )
     split = prepare_split(
         sources,
         encoder,
-        limits,
+        limits_of(settings),
         key,
         cache_root(base.cache_dir) if settings.cache else None,
         settings.encoding_processes,
@@ -111,6 +105,16 @@ def read_split(
     )
     logger.info("%s: %s", key, split.report)  # what was cut or dropped; parts do not know it
     return split
+
+
+def limits_of(settings: Any) -> Limits:
+    """How long rows may be by a data module's settings, and how much may be lost to that."""
+    return Limits(
+        max_length=settings.max_length,
+        max_target_length=settings.max_target_length,
+        overlong=settings.overlong,
+        max_lost_ratio=settings.max_lost_ratio,
+    )
 
 
 def hub_split(sources: RowSources, names: Sequence[str]) -> RowSources:

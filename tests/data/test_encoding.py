@@ -333,3 +333,49 @@ def test_fingerprint_changes_with_an_id_a_label_a_weight_a_boundary_or_the_order
     assert len(prints) == 6
     assert base.select([0, 1]).fingerprint() == base.fingerprint()
     assert base.select([1]).fingerprint() == rows([7], [1], [1]).fingerprint()
+
+
+# -- looking at rows -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["alpaca", "guanaco", "chat"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_traced_row_is_the_encoded_row_and_its_tokens_cover_its_text(
+    kind: str, name: str
+) -> None:
+    """Each token's characters, read off the text, are those that its id stands for."""
+    encode_with = encoder(kind, name)
+    for text in TEXTS:
+        row = asked("Who?", text, text, "Nobody.")
+        ((example,),) = encode_with.encode([row])
+        (traced,) = encode_with.trace(row)
+        assert np.array_equal(traced.example.input_ids, example.input_ids)
+        assert np.array_equal(traced.example.is_trained, example.is_trained)
+        assert len(traced.spans) == len(example.input_ids)
+        assert traced.spans[: example.num_bos] == [(0, 0)] * example.num_bos
+        done = 0
+        for token, (start, end) in zip(example.input_ids, traced.spans, strict=True):
+            assert start <= done or kind == "sentencepiece"
+            if start >= done and end > start:  # not a further part of a character
+                said = encode_with.tokenizer.convert_ids_to_tokens(int(token))
+                if said.isascii() and said.isalnum():
+                    assert traced.text[start:end] == said
+            done = max(done, end)
+        assert done == len(traced.text)
+
+
+def test_answers_that_become_rows_are_traced_as_rows() -> None:
+    """``train_on`` leaves out the same rows here as there."""
+    row = Conversation(
+        (
+            Message("user", "One?"),
+            Message("assistant", "1", weight=0.0),
+            Message("user", "Two?"),
+            Message("assistant", "2"),
+        )
+    )
+    for train_on in ("answers", "last_answer", "answers_and_system", "everything"):
+        encode_with = encoder("bytes", "alpaca", train_on=train_on)
+        (examples,) = encode_with.encode([row])
+        traced = encode_with.trace(row)
+        assert [t.example.labels.tolist() for t in traced] == [e.labels.tolist() for e in examples]

@@ -132,3 +132,16 @@ def test_experiments_that_reproduce_the_paper_use_it(name: str, limits: tuple[in
     data = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())["data"]
     assert data["encoding"] == "original"
     assert (data["max_length"], data["max_target_length"]) == limits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_traced_row_is_the_encoded_row(kind: str) -> None:
+    encoder = original(kind, "alpaca")
+    for text in TEXTS:
+        row = asked(text, text)
+        ((example,),) = encoder.encode([row])
+        (traced,) = encoder.trace(row)
+        assert traced.example.input_ids.tolist() == example.input_ids.tolist()
+        assert traced.example.labels.tolist() == example.labels.tolist()
+        assert len(traced.spans) == len(example.input_ids)
+        assert max(end for _, end in traced.spans) == len(traced.text)

@@ -330,3 +330,32 @@ def test_a_last_answer_that_weighs_nothing_is_an_untrained_row(tokenizer):
         0,
         len(tokenizer("Rome").input_ids),
     )
+
+
+# --- looking at pairs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train_on", ["answers", "last_answer"])
+def test_a_traced_pair_is_the_encoded_pair_and_its_tokens_cover_its_text(
+    train_on: Any, tokenizer: Any
+) -> None:
+    """Words are spelled out of the text by their tokens' characters; frames cover nothing."""
+    encoder = make_encoder(tokenizer, "alpaca", train_on=train_on)
+    turns = ("How many legs?", "Eight legs.", "It says </s> here?", "It has eight legs. 日本")
+    row = Conversation(
+        tuple(Message("assistant" if n % 2 else "user", text) for n, text in enumerate(turns))
+    )
+    (examples,) = encoder.encode([row])
+    traced = encoder.trace(row)
+    assert len(traced) == len(examples) == (2 if train_on == "answers" else 1)
+    for found, example in zip(traced, examples, strict=True):
+        assert found.example.input_ids.tolist() == example.input_ids.tolist()
+        assert len(found.spans) == len(example.input_ids)
+        assert all(a <= b for a, b in found.spans)
+        assert found.text.endswith(("Eight legs.", "日本"))
+        for token, (start, end) in zip(example.input_ids, found.spans, strict=True):
+            name = tokenizer.convert_ids_to_tokens(int(token))
+            if name == tokenizer.eos_token:
+                assert found.text[start:end] in ("", "</s>")
+            elif (word := name.strip("▁")).isascii() and word.isalpha():
+                assert found.text[start:end].strip() == word

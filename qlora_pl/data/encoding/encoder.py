@@ -6,13 +6,14 @@ covers: pieces tokenised apart would put SentencePiece's leading space into a ro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.encoding.example import EncodedExample
+from qlora_pl.data.encoding.example import EncodedExample, TracedExample
 from qlora_pl.data.encoding.lengths import Limits, fit_to_length, needed_lengths
 from qlora_pl.data.encoding.tokenization import TextTokenizer, Tokens
 from qlora_pl.data.templates.template import PromptTemplate, Rendering, Segment
@@ -127,10 +128,15 @@ class Encoder:
             self._label(conversation, r, next(tokens))._replace(spells_control=spells_control)
             for r in renderings
         ]
+        return [examples[place] for place in self._kept(examples)]
+
+    def _kept(self, examples: Sequence[EncodedExample]) -> list[int]:
+        """Which rows of a conversation are trained on, by their places."""
+        places = range(len(examples))
         if self.train_on == "everything":  # of which rows that end earlier are the beginnings
-            return examples[-1:]
+            return list(places[-1:])
         # Answers that are rows of their own and weigh nothing
-        return examples if len(examples) == 1 else [e for e in examples if e.is_trained.any()]
+        return [p for p in places if len(examples) == 1 or examples[p].is_trained.any()]
 
     def _label(
         self, conversation: Conversation, rendering: Rendering, tokens: Tokens
@@ -215,6 +221,30 @@ class Encoder:
     def needed(self, example: EncodedExample, limits: Limits) -> np.ndarray:
         """``(num_trained,)`` int64: the limit from which on each trained token is kept."""
         return needed_lengths(example, limits.overlong)
+
+    # -- looking at rows ---------------------------------------------------------------------------
+
+    def trace(self, conversation: Conversation) -> list[TracedExample]:
+        """The rows of ``encode``, each with its text and the characters of its tokens."""
+        ((apart, renderings),) = self.render([conversation])
+        tokens = self._text_tokenizer.encode(renderings, [apart] * len(renderings))
+        examples = [
+            self._label(conversation, rendering, found)._replace(spells_control=apart)
+            for rendering, found in zip(renderings, tokens, strict=True)
+        ]
+        return [
+            TracedExample(
+                examples[place],
+                renderings[place].text,
+                [(0, 0)] * examples[place].num_bos + tokens[place].spans(),
+            )
+            for place in self._kept(examples)
+        ]
+
+    @property
+    def control_pattern(self) -> re.Pattern[str] | None:
+        """Finds what is a control token where the template writes it, and text where a row does."""
+        return self._text_tokenizer.control_pattern
 
     # -- prompts -----------------------------------------------------------------------------------
 

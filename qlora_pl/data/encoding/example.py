@@ -54,3 +54,12 @@ class EncodedExample(NamedTuple):
             is_answer=self.is_answer[chosen],
             weights=None if self.weights is None else self.weights[chosen],
         )
+
+
+class TracedExample(NamedTuple):
+    """A row of tokens with the text that it was made of."""
+
+    example: EncodedExample
+    text: str
+    spans: list[tuple[int, int]]
+    """First character and end of each token; tokens that were put before the text cover none."""

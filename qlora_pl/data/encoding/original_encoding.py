@@ -14,9 +14,9 @@ import numpy as np
 
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.encoding.encoder import Encoder
-from qlora_pl.data.encoding.example import EncodedExample
+from qlora_pl.data.encoding.example import EncodedExample, TracedExample
 from qlora_pl.data.encoding.lengths import Limits, fit_pair, needed_target_lengths
-from qlora_pl.data.templates.template import PromptTemplate, TextTemplate
+from qlora_pl.data.templates.template import PromptTemplate, Rendering, Segment, TextTemplate
 from qlora_pl.errors import ConfigurationError
 
 
@@ -85,6 +85,18 @@ class OriginalEncoder(Encoder):
         is_answer = np.repeat([False, True], [len(source), len(target)])
         is_trained = np.ones_like(is_answer) if self.train_on == "everything" else is_answer
         return EncodedExample(input_ids, is_trained, is_answer)
+
+    def trace(self, conversation: Conversation) -> list[TracedExample]:
+        """See ``Encoder``; the text is that of both sides, one after the other."""
+        source, target = self._texts(conversation)
+        texts = [(self._bos_token or "") + source, target + self._eos_token * self.append_eos]
+        whole = [Rendering([Segment(text)]) for text in texts]  # in one pass, as in ``encode``
+        asked, answered = self._text_tokenizer.encode(whole, [False, False])
+        shifted = [(start + len(texts[0]), end + len(texts[0])) for start, end in answered.spans()]
+        example = self._pair(asked.ids, answered.ids)._replace(
+            spells_control=self._spells_control(conversation)
+        )
+        return [TracedExample(example, "".join(texts), [*asked.spans(), *shifted])]
 
     def encode_prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
         """Text and ids of a prompt, as its row begins when nothing is cut."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.data.encoding.encoder import Encoder, TrainOn
-from qlora_pl.data.encoding.example import EncodedExample
+from qlora_pl.data.encoding.example import EncodedExample, TracedExample
 from qlora_pl.data.encoding.lengths import Limits, fit_pair, needed_target_lengths, source_length
 from qlora_pl.data.encoding.tokenization import Tokens
 from qlora_pl.data.templates.template import PromptTemplate, Rendering, Segment
@@ -75,6 +75,33 @@ class Seq2SeqEncoder(Encoder):
             )
         )
         return [[next(examples) for _ in its] for its in asked]
+
+    def trace(self, conversation: Conversation) -> list[TracedExample]:
+        """See ``Encoder``; the text is that of both sides, frames cover none of it."""
+        (examples,) = self.encode([conversation])
+        return [
+            self._trace_pair(example, self._source(before), self._target(message))
+            for example, (before, message) in zip(
+                examples, self._answers(conversation), strict=True
+            )
+        ]
+
+    def _trace_pair(
+        self,
+        example: EncodedExample,
+        source: tuple[Rendering, bool],
+        target: tuple[Rendering, bool],
+    ) -> TracedExample:
+        sides, spells = [source[0], target[0]], [source[1], target[1]]
+        text = ""
+        spans: list[tuple[int, int]] = []
+        for side, tokens in zip(sides, self._text_tokenizer.encode(sides, spells), strict=True):
+            start = len(text)
+            text += side.text
+            spans += [(start, start)] * len(self._before)
+            spans += [(start + first, start + end) for first, end in tokens.spans()]
+            spans += [(len(text), len(text))] * len(self._after)
+        return TracedExample(example, text, spans)
 
     def encode_prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
         """Text and ids of a source, as in training."""

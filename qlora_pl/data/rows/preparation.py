@@ -38,7 +38,7 @@ from qlora_pl.data.rows.row_store import (
     digest_of,
     open_rows,
 )
-from qlora_pl.errors import TrainingStoppedError
+from qlora_pl.errors import ConfigurationError, TrainingStoppedError
 from qlora_pl.files import TEMPORARY_PREFIX, atomic_folder
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ def prepare_split(
     cache: Path | None = None,
     num_processes: int | None = 1,
     on_error: OnError = "stop",
+    noted: list[str] | None = None,
 ) -> EncodedSplit:
     """Read, encode and check every row, or take what an earlier run made of the same bytes.
 
@@ -135,6 +136,7 @@ def prepare_split(
         cache: The folder of earlier results; None: nothing is kept.
         num_processes: See ``encode_stream``.
         on_error: See ``read_conversations``; counts for rows that the template refuses, too.
+        noted: Where to write why the rows as a whole cannot be trained on, instead of raising it.
 
     Raises:
         DatasetFormatError: naming the first row that is not what its format says.
@@ -142,7 +144,12 @@ def prepare_split(
     """
     stored = _stored(Source(sources, on_error), encoder, limits, cache, num_processes)
     report = DataReport(**stored.report)
-    check_split(report, stored.needed, limits, key, encoder.template.name)
+    try:
+        check_split(report, stored.needed, limits, key, encoder.template.name)
+    except ConfigurationError as error:
+        if noted is None:
+            raise
+        noted += error.problems
     return EncodedSplit(stored.rows, stored.places, stored.conversations, report)
 
 

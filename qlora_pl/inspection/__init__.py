@@ -1,0 +1,1 @@
+"""``qlora-pl inspect``: what a run would see, looked at without running it."""
