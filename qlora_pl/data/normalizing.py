@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from qlora_pl.data.formats import FORMATS, RowError, guess_format
 from qlora_pl.data.readers import Place, read_rows
 from qlora_pl.data.sources import RowSources, SourceConfig
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
+from qlora_pl.files import sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def source_digest(source: SourceConfig) -> str:
     """SHA-256 of the bytes."""
     if not source.is_local:
         return secrets.token_hex(16)
-    return hashlib.sha256(Path(source.path).read_bytes()).hexdigest()
+    return sha256_file(Path(source.path))
 
 
 def conversations(sources: RowSources, report: DataReport) -> Iterator[tuple[Place, Conversation]]:
