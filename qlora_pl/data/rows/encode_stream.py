@@ -6,12 +6,14 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import get_all_start_methods, get_context
 
 from qlora_pl.data.encoding.encoder import TOKENIZER_CHUNK
 from qlora_pl.data.rows.chunks import ChunkEncoder, ChunkResult, Read
+from qlora_pl.errors import TrainingStoppedError
 
 CHUNKS_BEFORE_PROCESSES = 16
 """Chunks that are encoded here before processes are started, which takes longer than those do."""
@@ -83,6 +85,11 @@ def _processes(encode: ChunkEncoder, number: int) -> Iterator[ProcessPoolExecuto
     try:
         with ProcessPoolExecutor(number, get_context("fork"), _start_process, (encode,)) as pool:
             yield pool
+    except BrokenProcessPool as error:
+        raise TrainingStoppedError(
+            "A process that encodes rows was killed, most likely because memory ran out; set "
+            "data.encoding_processes: 1, or a smaller number than now."
+        ) from error
     finally:
         os.environ.pop("TOKENIZERS_PARALLELISM")
         if before is not None:

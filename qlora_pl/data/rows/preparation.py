@@ -11,9 +11,10 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from functools import cache as cache_results
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -164,12 +165,8 @@ def _stored(
         encode = ChunkEncoder(encoder, limits, skips=source.on_error == "skip")
         write_rows(folder, source, encode, num_processes)
 
-    if cache is None or source.sources.rows is not None:
-        with tempfile.TemporaryDirectory(prefix="qlora_pl-", ignore_cleanup_errors=True) as name:
-            write(Path(name))
-            stored = open_rows(Path(name))  # what is mapped outlives its name
-            assert stored is not None
-            return stored
+    if cache is None or source.sources.rows is not None or not _is_writable(cache / "data"):
+        return _unkept(write)
     folder = cache / "data" / digest_of(_what_decides(source, encoder, limits))[:32]
     if (stored := open_rows(folder)) is not None:
         logger.info("Encoded rows of an earlier run are used (%s).", folder)
@@ -179,14 +176,45 @@ def _stored(
     try:
         with atomic_folder(folder) as temporary:
             write(temporary)
+            stored = open_rows(temporary)  # what is mapped outlives its name
     except TrainingStoppedError:
         # Another process may have written the same rows in the meantime.
-        if (stored := open_rows(folder)) is None:
+        if (stored := stored or open_rows(folder)) is None:
             raise
-        return stored
-    stored = open_rows(folder)
     assert stored is not None
     return stored
+
+
+def _unkept(write: Callable[[Path], None]) -> StoredRows:
+    """Rows in files without a name."""
+    with tempfile.TemporaryDirectory(prefix="qlora_pl-", ignore_cleanup_errors=True) as name:
+        try:
+            write(Path(name))
+        except OSError as error:
+            raise TrainingStoppedError(
+                f"Encoded rows could not be written to '{name}' ({error.strerror}); free some "
+                "space, or set TMPDIR to a folder with more."
+            ) from error
+        stored = open_rows(Path(name))  # what is mapped outlives its name
+    assert stored is not None
+    return stored
+
+
+@cache_results
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made there, found out by making one; says so once where not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        logger.warning(
+            "Encoded rows are not kept: '%s' cannot be written to (%s). Set QLORA_PL_CACHE to a "
+            "folder that can.",
+            folder,
+            error.strerror,
+        )
+        return False
 
 
 def _what_decides(source: Source, encoder: Encoder, limits: Limits) -> Iterator[str | bytes]:
@@ -197,6 +225,7 @@ def _what_decides(source: Source, encoder: Encoder, limits: Limits) -> Iterator[
     yield source.on_error
     yield json.dumps(encoder.definition(), sort_keys=True)
     yield encoder.tokenizer.backend_tokenizer.to_str()
+    yield json.dumps(encoder.tokenizer.special_tokens_map, sort_keys=True, default=str)
     yield json.dumps([limits.max_length, limits.max_target_length, limits.overlong])
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         yield path.read_bytes()

@@ -32,7 +32,7 @@ FILES = {
     "needed.int64": np.int64,
 }
 WEIGHTS = "weights.float32"
-META = "meta.json"
+META = "meta.txt"
 """What is known of all rows together, below its own digest."""
 
 
