@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def prepare_encoder(settings: Any, base: BaseFacts) -> Encoder:
         settings.overlong,
         has_encoder=_has_encoder(base, name),
     )
-    if not base.trains_all:
+    if not base.trains_all and not encoder.is_paired:  # whose answers all end in EOS
         model = base.name or name
         known = known_stop_tokens(
             tokenizer, model, base.revision, base.cache_dir, base.grows_vocabulary
@@ -123,7 +123,7 @@ def hub_split(sources: RowSources, names: Sequence[str]) -> RowSources:
         for name in hub_splits(source):
             # "train+validation" and "validation[:500]" name splits that are trained on
             if name in names and name not in re.findall(r"\w+", source.split):
-                return RowSources((replace(source, split=name, limit=None, sample=None),))
+                return RowSources((source.of_split(name),))
     return NO_ROWS
 
 
