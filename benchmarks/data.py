@@ -103,9 +103,9 @@ def write_rows(path: Path, number: int) -> None:
 
 def make_encoder(tokenizer: str, template: str) -> Any:
     """The encoder of a tokenizer and a template."""
-    from qlora_pl.data.encoding import Encoder
-    from qlora_pl.data.template_loading import load_template
-    from qlora_pl.data.tokenizer import load_tokenizer
+    from qlora_pl.data.encoding.encoder import Encoder
+    from qlora_pl.data.encoding.tokenizer import load_tokenizer
+    from qlora_pl.data.templates.loading import load_template
 
     loaded = load_tokenizer(tokenizer)
     return Encoder(load_template(template, loaded), loaded)
@@ -157,9 +157,9 @@ def encoding(tokenizer: str, template: str, number: int, repeats: int) -> dict[s
 
 def processes(tokenizer: str, number: int, repeats: int) -> dict[str, float]:
     """Two processes against one, from rows in a file to rows on disk."""
-    from qlora_pl.data.lengths import Limits
-    from qlora_pl.data.preparation import prepare_split
-    from qlora_pl.data.sources import RowSources
+    from qlora_pl.data.encoding.lengths import Limits
+    from qlora_pl.data.reading.sources import RowSources
+    from qlora_pl.data.rows.preparation import prepare_split
 
     encoder = make_encoder(tokenizer, "auto")
     limits = Limits(max_length=2048, max_lost_ratio=1.0)
@@ -194,8 +194,8 @@ def processes(tokenizer: str, number: int, repeats: int) -> dict[str, float]:
 
 
 def _rendered(encoder: Any, path: Path) -> list[Any]:
-    from qlora_pl.data.normalizing import read_conversations
-    from qlora_pl.data.sources import RowSources
+    from qlora_pl.data.reading.normalizing import read_conversations
+    from qlora_pl.data.reading.sources import RowSources
 
     conversations = [c for _, c in read_conversations(RowSources.parse(str(path)))]
     return [rendered[0] for _, rendered in encoder.render(conversations)]
@@ -218,9 +218,9 @@ def scaling(tokenizer: str, most: int) -> list[dict[str, float]]:
 
 def child(folder: Path, tokenizer: str) -> None:
     """Prepare the rows of a folder twice, watching anonymous memory."""
-    from qlora_pl.data.lengths import Limits
-    from qlora_pl.data.preparation import prepare_split
-    from qlora_pl.data.sources import RowSources
+    from qlora_pl.data.encoding.lengths import Limits
+    from qlora_pl.data.reading.sources import RowSources
+    from qlora_pl.data.rows.preparation import prepare_split
 
     encoder = make_encoder(tokenizer, "auto")
     encoder.encode([])
@@ -252,7 +252,7 @@ def _anonymous() -> float:
 
 def packing() -> list[dict[str, float]]:
     """Waste of packs on log-normal lengths, and the seconds that a million take."""
-    from qlora_pl.data.packing import pack_rows
+    from qlora_pl.data.batches.packing import pack_rows
 
     table = []
     for median, sigma in ((90, 0.62), (300, 0.75)):

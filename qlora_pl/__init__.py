@@ -22,7 +22,7 @@ _HOMES = {
     "RunMetrics": "qlora_pl.training.monitoring",
     "SampleWriter": "qlora_pl.training.samples",
     "ScheduleConfig": "qlora_pl.modeling.optimizers",
-    "SourceConfig": "qlora_pl.data.sources",
+    "SourceConfig": "qlora_pl.data.reading.sources",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.data.sources import RowSources
+from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.decoding import DecodingConfig

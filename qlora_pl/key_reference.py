@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 import yaml
 
 from qlora_pl.cli import DEFAULT_EPOCHS, TRAINER_DEFAULTS, QLoRAParser, RunReader
-from qlora_pl.data.sources import RowSources, SourceConfig
+from qlora_pl.data.reading.sources import RowSources, SourceConfig
 
 HEAD = """# Configuration: every key
 

@@ -129,7 +129,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_base: Path) -> Any:
     """The tiny base's tokenizer."""
-    from qlora_pl.data.tokenizer import load_tokenizer
+    from qlora_pl.data.encoding.tokenizer import load_tokenizer
 
     return load_tokenizer(str(tiny_base))
 

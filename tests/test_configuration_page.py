@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from qlora_pl.cli import DEFAULT_EPOCHS, TRAINER_DEFAULTS, RunReader, complete
-from qlora_pl.data.formats import FORMATS
-from qlora_pl.data.sources import RowSources, SourceConfig
+from qlora_pl.data.reading.formats import FORMATS
+from qlora_pl.data.reading.sources import RowSources, SourceConfig
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.key_reference import OWN_WORDS, page
 

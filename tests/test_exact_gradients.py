@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_pl.batch import IGNORE_INDEX
-from qlora_pl.data.batching import BatchLayout, BatchShape, TrainingBatches
-from qlora_pl.data.encoded_example import EncodedExample
-from qlora_pl.data.encoded_rows import EncodedRows
+from qlora_pl.data.batches.batching import BatchLayout, BatchShape, TrainingBatches
+from qlora_pl.data.encoding.example import EncodedExample
+from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.modeling.loss import Normalization, causal_lm_loss
 from qlora_pl.modeling.step import MicroBatch, sum_over_step
 

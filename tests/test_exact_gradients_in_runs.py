@@ -19,7 +19,7 @@ from families import Saver
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_pl.data.encoded_rows import EncodedRows
+from qlora_pl.data.rows.encoded_rows import EncodedRows
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

@@ -16,9 +16,9 @@ from transformers import AutoConfig
 
 from qlora_pl.__main__ import main
 from qlora_pl.cli import read_runs, settings
-from qlora_pl.data.batching import BatchLayout
-from qlora_pl.data.ordering import epoch_steps
-from qlora_pl.data.sources import SourceConfig
+from qlora_pl.data.batches.batching import BatchLayout
+from qlora_pl.data.batches.ordering import epoch_steps
+from qlora_pl.data.reading.sources import SourceConfig
 from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
 from qlora_pl.modeling.identity import is_hub_name
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -19,9 +19,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from qlora_pl.batch import Batch, PackingProbe, PromptBatch
-from qlora_pl.data.batching import (
+from qlora_pl.data.batches.batching import (
     BatchLayout,
-    BatchMaker,
     BatchShape,
     EvaluationBatches,
     InOrderSampler,
@@ -29,16 +28,15 @@ from qlora_pl.data.batching import (
     ResumableSampler,
     TrainingBatches,
 )
-from qlora_pl.data.collation import collate, make_packing_probe
+from qlora_pl.data.batches.collation import make_packing_probe
 from qlora_pl.data.continuing import refuse_other_order
-from qlora_pl.data.encoder_choice import Encoding
-from qlora_pl.data.encoding import TrainOn
-from qlora_pl.data.lengths import Overlong
-from qlora_pl.data.normalizing import OnError
-from qlora_pl.data.pair_batches import collate_pairs
-from qlora_pl.data.preparation import EncodedSplit
-from qlora_pl.data.setting_checks import setting_problems
-from qlora_pl.data.sources import NO_ROWS, RowSources
+from qlora_pl.data.encoding.encoder import TrainOn
+from qlora_pl.data.encoding.encoder_choice import Encoding
+from qlora_pl.data.encoding.lengths import Overlong
+from qlora_pl.data.reading.normalizing import OnError
+from qlora_pl.data.reading.sources import NO_ROWS, RowSources
+from qlora_pl.data.rows.preparation import EncodedSplit
+from qlora_pl.data.setting_checks import pair_problems, setting_problems
 from qlora_pl.data.splits import (
     BaseFacts,
     first_rows,
@@ -218,6 +216,8 @@ class InstructionDataModule(LightningDataModule):
     def _prepare_encoder(self) -> None:
         self.encoder = prepare_encoder(self, self._base())
         self.tokenizer, self.template = self.encoder.tokenizer, self.encoder.template
+        if self.encoder.is_paired and (problems := pair_problems(self)):
+            raise ConfigurationError(problems)
 
     def read_rows(self, sources: RowSources, key: str) -> EncodedSplit:
         """The rows of these sources, encoded and checked; ``key`` is where they are named."""
@@ -252,12 +252,15 @@ class InstructionDataModule(LightningDataModule):
             self.tokenizer.pad_token_id,
             self._training_shape(),
             self._multiplicity(),
-            self._batch_maker(),
         )
         if batches.regroups_rows:
             logger.info("batches: %s", batches)
         sampler = ResumableSampler(batches, **self._resume_from)
         return self._loader(batches, sampler)
+
+    def _lines(self) -> BatchShape:
+        """The shape of batches that are neither packed nor filled to a budget."""
+        return replace(self._training_shape(), is_packed=False, tokens_per_batch=None)
 
     def _training_shape(self) -> BatchShape:
         return BatchShape(
@@ -265,12 +268,8 @@ class InstructionDataModule(LightningDataModule):
             is_packed=self.is_packed,
             pads_to_max_length=self.padding == "max_length",
             tokens_per_batch=self.tokens_per_batch,
+            is_paired=self.encoder.is_paired,
         )
-
-    def _batch_maker(self) -> BatchMaker:
-        is_paired = self.encoder.is_paired
-        target = self.max_target_length
-        return partial(collate_pairs, max_target_length=target) if is_paired else collate
 
     def _multiplicity(self) -> np.ndarray | None:
         return multiplicity(self.splits["train"], self.sources)
@@ -292,8 +291,7 @@ class InstructionDataModule(LightningDataModule):
         rows = self.splits["train"].rows
         some = rows.select(range(min(count * self.batch_size, len(rows))))
         layout = BatchLayout(self.batch_size)
-        maker = self._batch_maker()
-        batches = EvaluationBatches(some, layout, self.tokenizer.pad_token_id, None, maker)
+        batches = EvaluationBatches(some, layout, self.tokenizer.pad_token_id, self._lines())
         return [batches[index] for index in range(len(batches))]
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -340,9 +338,8 @@ class InstructionDataModule(LightningDataModule):
         if not len(rows):
             return []
         layout = self._layout(self.eval_batch_size)
-        width = self._training_shape().width
-        pad_id, maker = self.tokenizer.pad_token_id, self._batch_maker()
-        return self._loader(EvaluationBatches(rows, layout, pad_id, width, maker))
+        batches = EvaluationBatches(rows, layout, self.tokenizer.pad_token_id, self._lines())
+        return self._loader(batches)
 
     def _loader(self, batches: Any, sampler: ResumableSampler | None = None) -> DataLoader[Any]:
         # A generator of its own: every new iterator draws a seed, by default from the global

@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_pl.data.ordering import padded_width
+from qlora_pl.data.batches.ordering import padded_width
 
 
 def setting_problems(data: Any) -> list[str]:
     """One sentence for each setting of an ``InstructionDataModule`` that cannot be meant."""
     ranges = [*_of_rows(data), *_of_batches(data)]
     return [f"data.{sentence}" for holds, sentence in ranges if not holds]
+
+
+def pair_problems(data: Any) -> list[str]:
+    """The same for settings that rows with a source and a target cannot have."""
+    problems = []
+    if data.packing is True:
+        problems.append(
+            "data.packing: the encoder of this model has no positions that could tell packed rows "
+            "apart; set it to false."
+        )
+    if data.padding != "longest":
+        problems.append("data.padding: pairs have two widths; set it to longest.")
+    if data.tokens_per_batch is not None:
+        problems.append("data.tokens_per_batch: pairs have two widths; set batch_size instead.")
+    return problems
 
 
 def _of_rows(data: Any) -> Iterator[tuple[bool, str]]:

@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from qlora_pl.data.encoder_choice import choose_encoder
-from qlora_pl.data.encoding import Encoder
-from qlora_pl.data.lengths import Limits
-from qlora_pl.data.ordering import keyed_generator
-from qlora_pl.data.preparation import EncodedSplit, prepare_split
-from qlora_pl.data.readers import hub_splits
-from qlora_pl.data.seq2seq import refuse_causal_shapes
-from qlora_pl.data.sources import NO_ROWS, RowSources
-from qlora_pl.data.stop_tokens import check_stop_token, known_stop_tokens
-from qlora_pl.data.template_loading import load_template
-from qlora_pl.data.tokenizer import load_model_config, load_tokenizer
+from qlora_pl.data.batches.ordering import keyed_generator
+from qlora_pl.data.encoding.encoder import Encoder
+from qlora_pl.data.encoding.encoder_choice import choose_encoder
+from qlora_pl.data.encoding.lengths import Limits
+from qlora_pl.data.encoding.stop_tokens import check_stop_token, known_stop_tokens
+from qlora_pl.data.encoding.tokenizer import load_model_config, load_tokenizer
+from qlora_pl.data.reading.readers import hub_splits
+from qlora_pl.data.reading.sources import NO_ROWS, RowSources
+from qlora_pl.data.rows.preparation import EncodedSplit, prepare_split
+from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import cache_root
 
@@ -67,10 +66,6 @@ def prepare_encoder(settings: Any, base: BaseFacts) -> Encoder:
     revision = base.revision if name == base.name else None
     tokenizer = load_tokenizer(name, revision, base.cache_dir)
     template = load_template(settings.chosen_template, tokenizer)
-    config = load_model_config(base.name or name, base.revision, base.cache_dir)
-    has_encoder = bool(getattr(config, "is_encoder_decoder", False))
-    if has_encoder:
-        refuse_causal_shapes(settings.packing, settings.tokens_per_batch)
     encoder = choose_encoder(
         settings.encoding,
         template,
@@ -79,7 +74,7 @@ def prepare_encoder(settings: Any, base: BaseFacts) -> Encoder:
         settings.append_eos,
         settings.max_target_length,
         settings.overlong,
-        has_encoder,
+        has_encoder=_has_encoder(base, name),
     )
     if not base.trains_all:
         model = base.name or name
@@ -88,6 +83,11 @@ def prepare_encoder(settings: Any, base: BaseFacts) -> Encoder:
         )
         check_stop_token(template, tokenizer, model, known, base.trainable_tokens)
     return encoder
+
+
+def _has_encoder(base: BaseFacts, tokenizer: str) -> bool:
+    config = load_model_config(base.name or tokenizer, base.revision, base.cache_dir)
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def read_split(

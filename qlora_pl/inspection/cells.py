@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from qlora_pl.data.places import Place
+from qlora_pl.data.reading.places import Place
 
 INVISIBLE = re.compile("[\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 """Characters that a reader would miss, or that change how others are shown."""

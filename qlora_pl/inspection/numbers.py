@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_pl import __version__
-from qlora_pl.data.audit import DataReport
-from qlora_pl.data.lengths import Limits
-from qlora_pl.data.places import Place
-from qlora_pl.data.preparation import EncodedSplit
+from qlora_pl.data.encoding.lengths import Limits
+from qlora_pl.data.reading.places import Place
+from qlora_pl.data.rows.audit import DataReport
+from qlora_pl.data.rows.preparation import EncodedSplit
 from qlora_pl.inspection.duplicates import alike, same
 from qlora_pl.inspection.first_batch import BatchPicture, first_batch
 from qlora_pl.inspection.odd_rows import OddKind, find_odd_rows

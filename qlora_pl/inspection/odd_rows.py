@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from qlora_pl.data.conversation import Conversation
-from qlora_pl.data.places import Place
+from qlora_pl.data.reading.places import Place
 from qlora_pl.inspection.wording import normalized
 
 SHOWN = 8

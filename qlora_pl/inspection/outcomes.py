@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_pl.data.audit import DataReport
+from qlora_pl.data.rows.audit import DataReport
 from qlora_pl.inspection.numbers import DataNumbers
 
 

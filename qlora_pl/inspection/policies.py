@@ -13,13 +13,13 @@ from typing import NamedTuple, get_args
 import numpy as np
 from tqdm import tqdm
 
-from qlora_pl.data.audit import sufficient_length
-from qlora_pl.data.chunks import trained_rows
-from qlora_pl.data.encoded_example import EncodedExample
-from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.encoding import TOKENIZER_CHUNK, Encoder
-from qlora_pl.data.lengths import Limits, Overlong
-from qlora_pl.data.preparation import EncodedSplit
+from qlora_pl.data.encoding.encoder import TOKENIZER_CHUNK, Encoder
+from qlora_pl.data.encoding.example import EncodedExample
+from qlora_pl.data.encoding.lengths import Limits, Overlong
+from qlora_pl.data.rows.audit import sufficient_length
+from qlora_pl.data.rows.chunks import rows_to_keep
+from qlora_pl.data.rows.encoded_rows import EncodedRows
+from qlora_pl.data.rows.preparation import EncodedSplit
 
 POLICIES: tuple[Overlong, ...] = tuple(p for p in get_args(Overlong) if p != "error")
 OF_PAIRS: tuple[Overlong, ...] = ("cut", "drop")
@@ -59,7 +59,7 @@ def policy_losses(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> list
         wanted = replace(limits, overlong=policy)
         lost = left_out = endless = 0
         for example in long_examples:
-            rows = trained_rows(encoder.fit(example, wanted))
+            rows = rows_to_keep(encoder.fit(example, wanted), wanted)
             lost += example.num_trained - sum(row.num_trained for row in rows)
             left_out += not rows
             endless += sum(not _ends_in_stop(row, encoder) for row in rows)
@@ -111,9 +111,14 @@ def _needed(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> np.ndarray
     """How many trained tokens need each limit to be kept; None: no token needs any."""
     if limits.overlong == "split":
         return None
-    if not has_two_limits(encoder, limits):
+    only_answers = encoder.train_on in ("answers", "last_answer")
+    if only_answers and not has_two_limits(encoder, limits):
         return needed_by_rows(whole.rows, limits.overlong, _num_bos(whole, encoder))
-    needed = [encoder.needed(example, limits) for example in _examples(whole, encoder, 0)]
+    needed = [
+        encoder.needed(example, limits)
+        for example in _examples(whole, encoder, 0)
+        if example.is_worth_training
+    ]
     return np.bincount(np.concatenate([np.zeros(0, np.int64), *needed]), minlength=1)
 
 
@@ -125,7 +130,7 @@ def _num_bos(whole: EncodedSplit, encoder: Encoder) -> int:
 
 
 def needed_by_rows(rows: EncodedRows, policy: Overlong, num_bos: int) -> np.ndarray:
-    """The histogram of ``lengths.needed_lengths`` over many rows at once.
+    """The histogram of ``lengths.needed_lengths`` over many rows at once, trained on answers alone.
 
     Args:
         rows: Before they are cut.

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qlora_pl.data.places import Place
+from qlora_pl.data.reading.places import Place
 from qlora_pl.inspection.duplicates import SIMILAR, WORDS, Group
 
 SHOWN = 10

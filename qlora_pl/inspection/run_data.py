@@ -15,10 +15,10 @@ import numpy as np
 from qlora_pl.cli import read_runs, settings
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.data.lengths import Limits
-from qlora_pl.data.places import Place
-from qlora_pl.data.preparation import EncodedSplit, prepare_split
-from qlora_pl.data.sources import RowSources
+from qlora_pl.data.encoding.lengths import Limits
+from qlora_pl.data.reading.places import Place
+from qlora_pl.data.reading.sources import RowSources
+from qlora_pl.data.rows.preparation import EncodedSplit, prepare_split
 from qlora_pl.data.splits import BaseFacts, limits_of
 from qlora_pl.errors import ConfigurationError, DatasetFormatError, QLoRAError
 from qlora_pl.files import cache_root

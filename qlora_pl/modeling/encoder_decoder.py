@@ -133,8 +133,8 @@ def seq2seq_loss(
         normalize_by: As in ``causal_lm_loss``.
     """
     labels = batch["labels"]  # (B, T)
-    weights = batch.get("loss_weights")
     is_trained = labels != IGNORE_INDEX
+    weights = batch.get("loss_weights")
     if weights is not None:
         is_trained &= weights > 0
     row, position = is_trained.nonzero(as_tuple=True)

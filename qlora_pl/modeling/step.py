@@ -38,9 +38,9 @@ class MicroBatch(NamedTuple):
 
     loss: LossSum
     lengths: Tensor
-    """``(R,)`` tokens of each row; of a pair, of both sides."""
+    """``(R,)`` tokens of each row."""
     num_pairs: Tensor
-    """``(R,)``; see ``StepStatistics.num_token_pairs``."""
+    """``(R,)`` squared lengths; see ``StepStatistics.num_token_pairs``."""
     row_ids: Tensor
     """``(R,)``."""
     num_padded_tokens: int
@@ -48,18 +48,17 @@ class MicroBatch(NamedTuple):
     @classmethod
     def of(cls, loss: LossSum, batch: Mapping[str, Any]) -> MicroBatch:
         """Without the graph, and without what the batch holds besides."""
-        is_packed = "document_lengths" in batch
-        lengths = batch["document_lengths"] if is_packed else batch["attention_mask"].sum(dim=1)
-        num_padded, num_pairs = batch["input_ids"].numel(), lengths.square()
-        if "decoder_attention_mask" in batch:
-            source, target = lengths, batch["decoder_attention_mask"].sum(dim=1)
-            lengths = source + target
-            # An encoder attends to all of its pairs, twice what is counted of a causal row.
-            num_pairs = lengths.square() + source.square()
-            num_padded += batch["decoder_attention_mask"].numel()
+        names = ("attention_mask", "decoder_attention_mask")
+        masks = [batch[name] for name in names if name in batch]
         is_row = batch["row_ids"] != FILLER_ROW
+        # Of the rows, or of the sources and of the targets; packed rows have no mask.
+        sides = [mask.sum(dim=1) for mask in masks] or [batch["document_lengths"]]
+        lengths = torch.stack(sides) * is_row
+        # An encoder attends to all of its pairs, twice what is counted of a causal row.
+        pairs = lengths.sum(dim=0).square() + lengths[:-1].square().sum(dim=0)
         detached = loss._replace(total=loss.total.detach())
-        return cls(detached, lengths * is_row, num_pairs * is_row, batch["row_ids"], num_padded)
+        num_padded = sum(mask.numel() for mask in masks) or batch["input_ids"].numel()
+        return cls(detached, lengths.sum(dim=0), pairs, batch["row_ids"], num_padded)
 
     def sums(self) -> Tensor:
         """The parts of ``StepSums``, float64, on the device: nothing waits until the step ends."""

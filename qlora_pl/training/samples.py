@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from qlora_pl.data.collation import collate_prompts
+from qlora_pl.data.batches.collation import collate_prompts
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import write_atomic

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from toy_tokenizers import TEXTS
 
-from qlora_pl.data.row_files import BATCH_ROWS
+from qlora_pl.data.reading.row_files import BATCH_ROWS
 
 ROWS = [{"prompt": text, "response": text[::-1]} for text in TEXTS]
 

@@ -12,11 +12,11 @@ import pytest
 from conftest import CHAT_TEMPLATE
 from toy_tokenizers import TEXTS, build, spell
 
-from qlora_pl.data.audit import DataReport, Limits
-from qlora_pl.data.encoding import TOKENIZER_CHUNK, Encoder, TrainOn
-from qlora_pl.data.preparation import EncodedSplit, prepare_split
-from qlora_pl.data.sources import RowSources
-from qlora_pl.data.template_loading import load_template
+from qlora_pl.data.encoding.encoder import TOKENIZER_CHUNK, Encoder, TrainOn
+from qlora_pl.data.reading.sources import RowSources
+from qlora_pl.data.rows.audit import DataReport, Limits
+from qlora_pl.data.rows.preparation import EncodedSplit, prepare_split
+from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import DatasetFormatError, QLoRAError
 
 LONG = 10_000

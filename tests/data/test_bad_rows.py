@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_pl.data.compressed import FREE_BYTES
-from qlora_pl.data.normalizing import ReadingReport, read_conversations
-from qlora_pl.data.row_files import MAX_ROW_BYTES
-from qlora_pl.data.sources import RowSources
+from qlora_pl.data.reading.compressed import FREE_BYTES
+from qlora_pl.data.reading.normalizing import ReadingReport, read_conversations
+from qlora_pl.data.reading.row_files import MAX_ROW_BYTES
+from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError, DatasetFormatError, QLoRAError
 
 GOOD = {"prompt": "q", "response": "a"}

@@ -10,8 +10,8 @@ import pytest
 from test_batching import PAD, random_lengths, rows_of_lengths
 
 from qlora_pl.batch import FILLER_ROW
-from qlora_pl.data.batching import BatchLayout, BatchShape, TrainingBatches
-from qlora_pl.data.encoding import EncodedRows
+from qlora_pl.data.batches.batching import BatchLayout, BatchShape, TrainingBatches
+from qlora_pl.data.rows.encoded_rows import EncodedRows
 
 # -- token budgets -------------------------------------------------------------------------------
 

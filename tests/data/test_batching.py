@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch
-from qlora_pl.data.batching import (
+from qlora_pl.data.batches.batching import (
     BatchKey,
     BatchLayout,
     BatchShape,
@@ -24,10 +24,10 @@ from qlora_pl.data.batching import (
     ResumableSampler,
     TrainingBatches,
 )
-from qlora_pl.data.collation import collate, collate_prompts
-from qlora_pl.data.encoded_example import EncodedExample
-from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.ordering import STEPS_PER_LENGTH_GROUP, epoch_steps
+from qlora_pl.data.batches.collation import collate, collate_prompts
+from qlora_pl.data.batches.ordering import STEPS_PER_LENGTH_GROUP, epoch_steps
+from qlora_pl.data.encoding.example import EncodedExample
+from qlora_pl.data.rows.encoded_rows import EncodedRows
 
 PAD = 0
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from row_file_kinds import KINDS, ROWS
 
-from qlora_pl.data.cells import RowError
-from qlora_pl.data.formats import FORMATS
-from qlora_pl.data.normalizing import OnError, read_conversations
-from qlora_pl.data.oasst_trees import TreeRules
-from qlora_pl.data.places import BadRow, Place
-from qlora_pl.data.sources import RowSources
+from qlora_pl.data.reading.cells import RowError
+from qlora_pl.data.reading.formats import FORMATS
+from qlora_pl.data.reading.normalizing import OnError, read_conversations
+from qlora_pl.data.reading.oasst_trees import TreeRules
+from qlora_pl.data.reading.places import BadRow, Place
+from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import DatasetFormatError, QLoRAError
 
 SEEDS = range(25)

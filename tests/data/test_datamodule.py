@@ -18,8 +18,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DistributedSampler
 
 from qlora_pl.batch import FILLER_ROW, Batch
+from qlora_pl.data.batches.ordering import epoch_steps
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.data.ordering import epoch_steps
 from qlora_pl.errors import CheckpointError, ConfigurationError, DatasetFormatError
 
 ROWS = [{"prompt": f"Question {n}?", "response": "7" * (1 + n % 9)} for n in range(30)]

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.encoded_example import EncodedExample
-from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.encoding import Encoder
-from qlora_pl.data.template_loading import load_template
-from qlora_pl.data.template_texts import TEXT_TEMPLATES
-from qlora_pl.data.tokenizer import load_tokenizer
+from qlora_pl.data.encoding.encoder import Encoder
+from qlora_pl.data.encoding.example import EncodedExample
+from qlora_pl.data.encoding.tokenizer import load_tokenizer
+from qlora_pl.data.rows.encoded_rows import EncodedRows
+from qlora_pl.data.templates.loading import load_template
+from qlora_pl.data.templates.wording import TEXT_TEMPLATES
 from qlora_pl.errors import ConfigurationError
 
 NAMES = [name for name in (*TEXT_TEMPLATES, "chat") if name != "llama3"]  # has tokens of its own
@@ -188,8 +188,8 @@ def test_training_on_prompts_trains_every_token_but_bos(kind: str, name: str):
     with_it = encoder(kind, name, train_on="everything")
     for row in conversations(seed=4, number=20):
         example = encode(with_it, row)
-        # LLaMA-2's template writes BOS itself, before every question.
-        has_bos = kind in ("bytes-bos", "sentencepiece") and name != "llama2"
+        # LLaMA-2's template writes BOS itself, before every question; only the first is no label.
+        has_bos = kind in ("bytes-bos", "sentencepiece") or name == "llama2"
         assert int((~example.is_trained).sum()) == has_bos
         assert example.input_ids[0] == 1 or not has_bos
 

@@ -8,8 +8,8 @@ import pytest
 from toy_tokenizers import TEXTS, asked
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.formats import FORMATS, RowError, guess_format
-from qlora_pl.data.turns import SPEAKERS
+from qlora_pl.data.reading.formats import FORMATS, RowError, guess_format
+from qlora_pl.data.reading.turns import SPEAKERS
 from qlora_pl.errors import ConfigurationError
 
 ROWS: list[tuple[str, dict[str, Any], Conversation]] = [

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.formats import FORMATS
-from qlora_pl.data.named_datasets import DATASETS
-from qlora_pl.data.normalizing import ReadingReport, read_conversations
-from qlora_pl.data.readers import hub_splits, load_hub_dataset
-from qlora_pl.data.sources import RowSources, SourceConfig
+from qlora_pl.data.reading.formats import FORMATS
+from qlora_pl.data.reading.named_datasets import DATASETS
+from qlora_pl.data.reading.normalizing import ReadingReport, read_conversations
+from qlora_pl.data.reading.readers import hub_splits, load_hub_dataset
+from qlora_pl.data.reading.sources import RowSources, SourceConfig
 from qlora_pl.errors import ConfigurationError
 
 FIXTURES = Path(__file__).parent / "fixtures"

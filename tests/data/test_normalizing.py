@@ -10,8 +10,8 @@ import pytest
 from toy_tokenizers import asked
 
 from qlora_pl.data.conversation import Message
-from qlora_pl.data.normalizing import NUM_LISTED, ReadingReport, read_conversations
-from qlora_pl.data.sources import RowSources
+from qlora_pl.data.reading.normalizing import NUM_LISTED, ReadingReport, read_conversations
+from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 
 GOOD = {"prompt": "q", "response": "a"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qlora_pl.data.oasst_trees import TreeRules, conversations_of_trees
-from qlora_pl.data.places import BadRow, Place
+from qlora_pl.data.reading.oasst_trees import TreeRules, conversations_of_trees
+from qlora_pl.data.reading.places import BadRow, Place
 from qlora_pl.errors import DatasetFormatError
 
 LONG_AGO = 5000

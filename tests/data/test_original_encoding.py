@@ -11,13 +11,13 @@ from toy_tokenizers import TEXTS, asked, build
 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.encoder_choice import choose_encoder
-from qlora_pl.data.encoding import TrainOn
-from qlora_pl.data.lengths import Limits
-from qlora_pl.data.original_encoding import OriginalEncoder
-from qlora_pl.data.preparation import prepare_split
-from qlora_pl.data.sources import RowSources
-from qlora_pl.data.template_loading import load_template
+from qlora_pl.data.encoding.encoder import TrainOn
+from qlora_pl.data.encoding.encoder_choice import choose_encoder
+from qlora_pl.data.encoding.lengths import Limits
+from qlora_pl.data.encoding.original_encoding import OriginalEncoder
+from qlora_pl.data.reading.sources import RowSources
+from qlora_pl.data.rows.preparation import prepare_split
+from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import ConfigurationError
 
 KINDS = ["bytes", "bytes-bos", "sentencepiece"]

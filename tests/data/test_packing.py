@@ -11,10 +11,10 @@ import torch
 from test_batching import rows_of_lengths
 
 from qlora_pl.batch import FILLER_ROW, IGNORE_INDEX
-from qlora_pl.data.batching import BatchLayout, BatchShape, TrainingBatches
-from qlora_pl.data.collation import collate, collate_packs
-from qlora_pl.data.encoded_rows import EncodedRows
-from qlora_pl.data.packing import Ragged, describe_packing, fewest_packs, pack_rows
+from qlora_pl.data.batches.batching import BatchLayout, BatchShape, TrainingBatches
+from qlora_pl.data.batches.collation import collate, collate_packs
+from qlora_pl.data.batches.packing import Ragged, describe_packing, fewest_packs, pack_rows
+from qlora_pl.data.rows.encoded_rows import EncodedRows
 
 PAD = 0
 

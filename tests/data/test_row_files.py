@@ -11,9 +11,9 @@ import datasets
 import pytest
 from row_file_kinds import KINDS, ROWS, as_jsonl, as_parquet, as_table
 
-from qlora_pl.data.normalizing import ReadingReport, read_conversations
-from qlora_pl.data.readers import hub_splits, read_rows
-from qlora_pl.data.sources import RowSources, SourceConfig
+from qlora_pl.data.reading.normalizing import ReadingReport, read_conversations
+from qlora_pl.data.reading.readers import hub_splits, read_rows
+from qlora_pl.data.reading.sources import RowSources, SourceConfig
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_pl.data.normalizing import read_conversations
-from qlora_pl.data.sampling import sample_rows
-from qlora_pl.data.sources import RowSources
+from qlora_pl.data.reading.normalizing import read_conversations
+from qlora_pl.data.reading.sampling import sample_rows
+from qlora_pl.data.reading.sources import RowSources
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 + 3])

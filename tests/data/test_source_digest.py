@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import pytest
 
-from qlora_pl.data.source_digest import source_digest
-from qlora_pl.data.sources import SourceConfig
+from qlora_pl.data.reading.source_digest import source_digest
+from qlora_pl.data.reading.sources import SourceConfig
 from qlora_pl.errors import ConfigurationError
 
 LINE = '{"text": "a"}\n'

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from toy_tokenizers import TEXTS
 
-from qlora_pl.data.readers import hub_splits, read_rows
-from qlora_pl.data.sources import NO_ROWS, RowSources, SourceConfig
+from qlora_pl.data.reading.readers import hub_splits, read_rows
+from qlora_pl.data.reading.sources import NO_ROWS, RowSources, SourceConfig
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 
 ROWS = [{"prompt": text, "response": text[::-1]} for text in TEXTS]

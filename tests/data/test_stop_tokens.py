@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import CHAT_TEMPLATE, save_tokenizer
 
-from qlora_pl.data.stop_tokens import check_stop_token, known_stop_tokens
-from qlora_pl.data.template_loading import load_template
-from qlora_pl.data.tokenizer import load_tokenizer
+from qlora_pl.data.encoding.stop_tokens import check_stop_token, known_stop_tokens
+from qlora_pl.data.encoding.tokenizer import load_tokenizer
+from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import ConfigurationError
 
 EOS, TURN_END = 2, 4

@@ -11,11 +11,11 @@ import pytest
 from conftest import CHAT_TEMPLATE
 from toy_tokenizers import TEXTS, asked, build
 
-from qlora_pl.data.chat_template import ChatTemplate
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.template_loading import TEMPLATES, load_template
-from qlora_pl.data.template_texts import TEXT_TEMPLATES
-from qlora_pl.data.templates import PromptTemplate, Segment
+from qlora_pl.data.templates.chat_template import ChatTemplate
+from qlora_pl.data.templates.loading import TEMPLATES, load_template
+from qlora_pl.data.templates.template import PromptTemplate, Segment
+from qlora_pl.data.templates.wording import TEXT_TEMPLATES
 from qlora_pl.errors import ConfigurationError
 
 NAMES = [name for name in (*TEXT_TEMPLATES, "chat") if name != "llama3"]  # has tokens of its own
@@ -278,3 +278,19 @@ def no_stop_token(tokenizer: Any) -> Any:
 def test_an_impossible_template_is_one_sentence(name: str, tokenizer: Any, sentence: str):
     with pytest.raises(ConfigurationError, match=sentence):
         load_template(name, tokenizer)
+
+
+def test_a_template_that_folds_the_system_message_keeps_it_beside_a_context():
+    """One that has a place for a context too would have no place for both."""
+    folding = {
+        "question": "[{content}]",
+        "question_with_context": "[{content} | {context}]",
+        "question_with_system": "[{system}: {content}]",
+        "answer": "{content}",
+    }
+    rendered_by = load_template(folding, build("bytes"))
+    row = with_context("Sum up.", "A long text.", "Short.")
+    assert shown(rendered_by, row) == "[Sum up. | A long text.]⟦Short.</s>⟧"
+    with_system = Conversation((Message("system", "Be brief."), *row.messages))
+    expected = "[Be brief.: Sum up.\n\nA long text.]⟦Short.</s>⟧"
+    assert shown(rendered_by, with_system) == expected

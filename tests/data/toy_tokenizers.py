@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.tokenizer import load_tokenizer
+from qlora_pl.data.encoding.tokenizer import load_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 KINDS = ["bytes", "bytes-bos", "bytes-trimmed", "sentencepiece"]
@@ -114,8 +114,9 @@ BYTES = _byte_of_character()
 def spell(tokenizer: Any, ids: Any) -> str:
     """The text that these ids stand for, character for character."""
     data = b""
+    control = {*SPECIAL, *tokenizer.get_added_vocab()}
     for token in tokenizer.convert_ids_to_tokens([int(token) for token in ids]):
-        if token in SPECIAL:
+        if token in control:
             data += token.encode()
         elif byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             data += bytes([int(byte[1], 16)])

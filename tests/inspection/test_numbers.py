@@ -13,12 +13,12 @@ import pytest
 from looking import BAD, LONG, NUM_PLAIN, VAL, run_words, write_rows
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.encoding import Encoder
-from qlora_pl.data.lengths import Limits
-from qlora_pl.data.places import Place
-from qlora_pl.data.preparation import prepare_split
-from qlora_pl.data.sources import RowSources
-from qlora_pl.data.template_loading import load_template
+from qlora_pl.data.encoding.encoder import Encoder, TrainOn
+from qlora_pl.data.encoding.lengths import Limits
+from qlora_pl.data.reading.places import Place
+from qlora_pl.data.reading.sources import RowSources
+from qlora_pl.data.rows.preparation import prepare_split
+from qlora_pl.data.templates.loading import load_template
 from qlora_pl.inspection.numbers import DataNumbers, measure
 from qlora_pl.inspection.odd_rows import CONTROL_TOKEN, find_odd_rows
 from qlora_pl.inspection.policies import POLICIES, needed_by_rows, policy_losses
@@ -135,12 +135,15 @@ ROWS = [
 
 
 @pytest.mark.parametrize("overlong", POLICIES)
-@pytest.mark.parametrize("template", ["alpaca", "chat", "plain"])
+@pytest.mark.parametrize(
+    ("template", "train_on"),
+    [("alpaca", "answers"), ("chat", "answers"), ("plain", "answers"), ("chat", "everything")],
+)
 def test_losses_are_those_of_a_run_with_that_setting(
-    template: str, overlong: str, tokenizer: object
+    template: str, train_on: TrainOn, overlong: str, tokenizer: object
 ) -> None:
     """Every policy's line against the report of a split that is prepared with it."""
-    encoder = Encoder(load_template(template, tokenizer), tokenizer)
+    encoder = Encoder(load_template(template, tokenizer), tokenizer, train_on)
     sources = RowSources.parse(ROWS)
     limits = Limits(max_length=150 if template == "alpaca" else 60, max_lost_ratio=0.1)
     endless = Limits(max_length=10**6)

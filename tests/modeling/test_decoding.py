@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_pl.data.collation import collate_prompts
+from qlora_pl.data.batches.collation import collate_prompts
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.decoding import DecodingConfig, evaluation_mode, generate_answers

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 import qlora_pl.modeling.loss as loss_module
 from qlora_pl.batch import IGNORE_INDEX
-from qlora_pl.data.collation import collate
-from qlora_pl.data.encoded_rows import EncodedRows
+from qlora_pl.data.batches.collation import collate
+from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.identity import identify_base
 from qlora_pl.modeling.loading import load_base, prepare_for_training

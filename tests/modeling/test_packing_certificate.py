@@ -23,9 +23,9 @@ from torch import nn
 
 import qlora_pl.modeling.packing_certificate as certificate
 from qlora_pl.batch import IGNORE_INDEX, PackingProbe
-from qlora_pl.data.collation import make_packing_probe
-from qlora_pl.data.encoded_example import EncodedExample
-from qlora_pl.data.encoded_rows import EncodedRows
+from qlora_pl.data.batches.collation import make_packing_probe
+from qlora_pl.data.encoding.example import EncodedExample
+from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.loading import prepare_for_training

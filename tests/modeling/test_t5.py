@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_pl.batch import IGNORE_INDEX
-from qlora_pl.data.pair_batches import collate_pairs
+from qlora_pl.data.batches.pair_batches import collate_pairs
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.compute import compute_cost

@@ -1,0 +1,1 @@
+"""Files and datasets -> conversations, each with its place."""

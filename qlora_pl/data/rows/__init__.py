@@ -1,0 +1,1 @@
+"""Encoded rows: made from the sources, counted, judged, kept on disk."""

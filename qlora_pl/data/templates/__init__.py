@@ -1,0 +1,1 @@
+"""Conversations -> text, and which of it the model is to write."""
