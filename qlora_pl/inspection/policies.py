@@ -17,7 +17,7 @@ from qlora_pl.data.encoding.encoder import TOKENIZER_CHUNK, Encoder
 from qlora_pl.data.encoding.example import EncodedExample
 from qlora_pl.data.encoding.lengths import Limits, Overlong
 from qlora_pl.data.rows.audit import sufficient_length
-from qlora_pl.data.rows.chunks import rows_to_keep
+from qlora_pl.data.rows.chunks import trained_rows
 from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.data.rows.preparation import EncodedSplit
 
@@ -59,7 +59,7 @@ def policy_losses(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> list
         wanted = replace(limits, overlong=policy)
         lost = left_out = endless = 0
         for example in long_examples:
-            rows = rows_to_keep(encoder.fit(example, wanted), wanted)
+            rows = trained_rows(encoder.fit(example, wanted), policy)
             lost += example.num_trained - sum(row.num_trained for row in rows)
             left_out += not rows
             endless += sum(not _ends_in_stop(row, encoder) for row in rows)

@@ -11,7 +11,7 @@ from qlora_pl.data.encoding.encoder import Encoder
 from qlora_pl.data.encoding.example import EncodedExample, TracedExample
 from qlora_pl.data.encoding.lengths import Limits
 from qlora_pl.data.reading.places import Place
-from qlora_pl.data.rows.chunks import rows_to_keep
+from qlora_pl.data.rows.chunks import trained_rows
 from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.inspection.odd_rows import OddKind
 from qlora_pl.inspection.run_data import Documents
@@ -184,7 +184,7 @@ def kept_positions(example: EncodedExample, limits: Limits, encoder: Encoder) ->
     # Weights go wherever their tokens go: here each is its token's place.
     places = np.arange(len(example.input_ids), dtype=np.int64)
     numbered = example._replace(weights=places)
-    rows = rows_to_keep(encoder.fit(numbered, limits), limits)
+    rows = trained_rows(encoder.fit(numbered, limits), limits.overlong)
     return [row.weights for row in rows if row.weights is not None]
 
 

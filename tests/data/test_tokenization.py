@@ -53,7 +53,7 @@ def test_ids_of_rows_that_spell_control_tokens_are_those_of_their_stretches(
     Not where a space is put before the first stretch alone: that call would put one before each.
     """
     with_it = encoder(kind, TEMPLATES[template])
-    control = with_it._text_tokenizer._pattern
+    control = with_it._text_tokenizer.control_pattern
     for row in generated(seed=22, number=12):
         if not with_it._text_tokenizer.spells_control(row):
             continue

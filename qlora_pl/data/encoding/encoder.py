@@ -244,7 +244,7 @@ class Encoder:
     @property
     def control_pattern(self) -> re.Pattern[str] | None:
         """Finds what is a control token where the template writes it, and text where a row does."""
-        return self._text_tokenizer.pattern
+        return self._text_tokenizer.control_pattern
 
     # -- prompts -----------------------------------------------------------------------------------
 

@@ -83,17 +83,20 @@ class PiecedText:
         self.ids: list[int] = []
         self._starts: list[int] = []
         self._pieces: list[tuple[int, WholeText | int]] = []
+        self._spans: list[tuple[int, int]] = []
 
     def append_text(self, start: int, text: WholeText) -> None:
         """Add ordinary text that begins at this character."""
         self._starts.append(start)
         self._pieces.append((len(self.ids), text))
+        self._spans += [(start + a, start + b) for a, b in text.spans()]
         self.ids.extend(text.ids)
 
     def append_control(self, start: int, token: int, length: int) -> None:
         """Add a control token of so many characters."""
         self._starts.append(start)
         self._pieces.append((len(self.ids), length))
+        self._spans.append((start, start + length))
         self.ids.append(token)
 
     def token_at(self, character: int) -> int:
@@ -118,11 +121,7 @@ class PiecedText:
 
     def spans(self) -> list[tuple[int, int]]:
         """See ``Tokens``."""
-        spans: list[tuple[int, int]] = []
-        for start, (_, text) in zip(self._starts, self._pieces, strict=True):
-            own = [(0, text)] if isinstance(text, int) else text.spans()
-            spans += [(start + first, start + end) for first, end in own]
-        return spans
+        return self._spans
 
 
 class TextTokenizer:
@@ -136,8 +135,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any, stop: str) -> None:
         self._control = control_tokens(tokenizer, stop)
         names = list(self._control)
-        self.pattern = control_pattern(names)
-        """Finds control tokens in a text; None: there are none."""
+        self.control_pattern = control_pattern(names)
         self._firsts = {name[0] for name in names}
         self._ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
         self._swallowing = {self._ids[n]: n for n in names if self._control[n].rstrip}
@@ -190,9 +188,9 @@ class TextTokenizer:
         )
 
     def _spells(self, text: str) -> bool:
-        if self.pattern is None or not any(first in text for first in self._firsts):
+        if self.control_pattern is None or not any(first in text for first in self._firsts):
             return False
-        return self.pattern.search(text) is not None
+        return self.control_pattern.search(text) is not None
 
     def encode(self, renderings: Sequence[Rendering], spells: Sequence[bool]) -> list[Tokens]:
         """Tokenise rows, those that spell a control token in pieces.
@@ -243,13 +241,13 @@ class TextTokenizer:
 
     def _stretches(self, segments: Sequence[Segment]) -> Iterator[tuple[str, bool]]:
         """Ordinary text and the template's control tokens, in order."""
-        assert self.pattern is not None
+        assert self.control_pattern is not None
         for segment in segments:
             if segment.is_content:
                 yield segment.text, False
                 continue
             start = 0
-            for found in self.pattern.finditer(segment.text):
+            for found in self.control_pattern.finditer(segment.text):
                 yield segment.text[start : found.start()], False
                 yield found.group(), True
                 start = found.end()

@@ -13,7 +13,7 @@ import numpy as np
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.encoding.encoder import Encoder
 from qlora_pl.data.encoding.example import EncodedExample
-from qlora_pl.data.encoding.lengths import Limits, source_length
+from qlora_pl.data.encoding.lengths import Limits, Overlong, source_length
 from qlora_pl.data.reading.places import Place
 from qlora_pl.data.rows.audit import SHOWN, DataReport
 from qlora_pl.data.rows.row_store import EncodedChunk
@@ -23,9 +23,12 @@ Read = tuple[Place, Conversation, int]
 """A conversation, its place, and the number of its source."""
 
 
-def rows_to_keep(fitted: Sequence[EncodedExample], limits: Limits) -> list[EncodedExample]:
-    """Those of the rows that are left of an example which the run takes."""
-    return [row for row in fitted if limits.overlong == "split" or row.is_worth_training]
+def trained_rows(fitted: Sequence[EncodedExample], overlong: Overlong) -> list[EncodedExample]:
+    """Those of the rows that are left of an example of which something of an answer is trained.
+
+    Pieces of a row that was split may hold nothing but a trained question: nothing is lost there.
+    """
+    return [row for row in fitted if overlong == "split" or row.is_worth_training]
 
 
 class ChunkResult(NamedTuple):
@@ -126,7 +129,7 @@ class ChunkEncoder:
                 f"{place}: {length} tokens, more than {self.limits}. Raise it, or "
                 "set data.overlong: cut or drop."
             )
-        rows = rows_to_keep(fitted, self.limits)
+        rows = trained_rows(fitted, overlong)
         num_trained = sum(row.num_trained for row in rows)
         report.num_lost_tokens += example.num_trained - num_trained
         report.num_trained_tokens += num_trained
