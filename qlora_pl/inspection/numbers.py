@@ -159,7 +159,7 @@ def _settings(run: RunData) -> dict[str, Any]:
         "BOS token": (
             {tokenizer.bos_token: tokenizer.bos_token_id} if tokenizer.bos_token else None
         ),
-        "tokens put before the text": first[0][0].num_bos if first else 0,
+        "BOS tokens that begin a row": first[0][0].num_bos if first else 0,
         "padding token": {tokenizer.pad_token: tokenizer.pad_token_id},
         "data.max_length": data.max_length,
         "data.max_target_length": data.max_target_length,

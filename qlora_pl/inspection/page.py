@@ -186,6 +186,8 @@ def _batch(numbers: DataNumbers) -> str:
     more = len(batch.lines) - LINES_SHOWN
     shown = f" The first {LINES_SHOWN} lines are drawn." if more > 0 else ""
     is_packed = batch.num_rows > len(batch.lines)
+    if numbers.settings["data.packing"] == "auto":
+        shown += " With packing auto the model decides; these are rows as they are if it cannot."
     packed = " A stroke is where the next row of a pack begins." if is_packed else ""
     return (
         f"<p>The first micro-batch of one device: {batch.num_rows:,} rows in {len(batch.lines):,} "

@@ -111,26 +111,24 @@ def _needed(whole: EncodedSplit, encoder: Encoder, limits: Limits) -> np.ndarray
     """How many trained tokens need each limit to be kept; None: no token needs any."""
     if limits.overlong == "split":
         return None
-    if not has_two_limits(encoder, limits):
-        return needed_by_rows(whole.rows, limits.overlong, _num_bos(whole, encoder))
-    needed = [encoder.needed(example, limits) for example in _examples(whole, encoder, 0)]
+    only_answers = encoder.train_on in ("answers", "last_answer")
+    if only_answers and not has_two_limits(encoder, limits):
+        return needed_by_rows(whole.rows, limits.overlong, encoder.tokenizer.bos_token_id)
+    needed = [
+        encoder.needed(example, limits)
+        for example in _examples(whole, encoder, 0)
+        if example.is_worth_training
+    ]
     return np.bincount(np.concatenate([np.zeros(0, np.int64), *needed]), minlength=1)
 
 
-def _num_bos(whole: EncodedSplit, encoder: Encoder) -> int:
-    """Tokens before the text of a row; a template's rows all have as many."""
-    if not len(whole.rows):
-        return 0
-    return encoder.encode([whole.conversations[0]])[0][0].num_bos
-
-
-def needed_by_rows(rows: EncodedRows, policy: Overlong, num_bos: int) -> np.ndarray:
-    """The histogram of ``lengths.needed_lengths`` over many rows at once.
+def needed_by_rows(rows: EncodedRows, policy: Overlong, bos_id: int | None) -> np.ndarray:
+    """The histogram of ``lengths.needed_lengths`` over many rows at once, trained on answers alone.
 
     Args:
         rows: Before they are cut.
         policy: Any but ``split``, where no token needs a length.
-        num_bos: Tokens before the text of each row.
+        bos_id: The token with which a row may begin, and which is never cut.
     """
     needed = np.zeros(int(rows.lengths.max(initial=0)) + 1, np.int64)
     if policy in ("drop", "error"):
@@ -143,6 +141,7 @@ def needed_by_rows(rows: EncodedRows, policy: Overlong, num_bos: int) -> np.ndar
         if policy == "cut_prompt":
             first = np.zeros(len(some), np.int64)
             first[row_of[::-1]] = places[::-1]  # the last one written is a row's first
+            num_bos = some.input_ids[some.starts] == bos_id
             places = places - np.maximum(first - num_bos, 0)[row_of]
         needed += np.bincount(places + 1, minlength=len(needed))
     return needed

@@ -13,7 +13,7 @@ import pytest
 from looking import BAD, LONG, NUM_PLAIN, VAL, run_words, write_rows
 
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.data.encoding.encoder import Encoder
+from qlora_pl.data.encoding.encoder import Encoder, TrainOn
 from qlora_pl.data.encoding.lengths import Limits
 from qlora_pl.data.reading.places import Place
 from qlora_pl.data.reading.sources import RowSources
@@ -135,12 +135,15 @@ ROWS = [
 
 
 @pytest.mark.parametrize("overlong", POLICIES)
-@pytest.mark.parametrize("template", ["alpaca", "chat", "plain"])
+@pytest.mark.parametrize(
+    ("template", "train_on"),
+    [("alpaca", "answers"), ("chat", "answers"), ("plain", "answers"), ("chat", "everything")],
+)
 def test_losses_are_those_of_a_run_with_that_setting(
-    template: str, overlong: str, tokenizer: object
+    template: str, train_on: TrainOn, overlong: str, tokenizer: object
 ) -> None:
     """Every policy's line against the report of a split that is prepared with it."""
-    encoder = Encoder(load_template(template, tokenizer), tokenizer)
+    encoder = Encoder(load_template(template, tokenizer), tokenizer, train_on)
     sources = RowSources.parse(ROWS)
     limits = Limits(max_length=150 if template == "alpaca" else 60, max_lost_ratio=0.1)
     endless = Limits(max_length=10**6)
@@ -163,14 +166,17 @@ def test_losses_are_those_of_a_run_with_that_setting(
         assert (report.lost_ratio <= limits.max_lost_ratio) == is_enough
 
 
+@pytest.mark.parametrize("template", ["chat", "llama2"])  # llama2 writes BOS itself
 @pytest.mark.parametrize("overlong", [p for p in POLICIES if p != "split"])
-def test_the_lengths_that_tokens_need_are_the_encoders(overlong: str, tokenizer: object) -> None:
-    encoder = Encoder(load_template("chat", tokenizer), tokenizer)
+def test_the_lengths_that_tokens_need_are_the_encoders(
+    overlong: str, template: str, tokenizer: object
+) -> None:
+    encoder = Encoder(load_template(template, tokenizer), tokenizer)
     whole = prepare_split(RowSources.parse(ROWS), encoder, Limits(max_length=10**6), "data.sources")
     examples = [e for c in whole.conversations for (e,) in encoder.encode([c])]
     limits = Limits(overlong=overlong)  # type: ignore[arg-type]
     expected = np.bincount(np.concatenate([encoder.needed(e, limits) for e in examples]))
-    found = needed_by_rows(whole.rows, overlong, examples[0].num_bos)  # type: ignore[arg-type]
+    found = needed_by_rows(whole.rows, overlong, encoder.tokenizer.bos_token_id)  # type: ignore[arg-type]
     assert np.array_equal(found[: len(expected)], expected)
     assert not found[len(expected) :].any()
 

@@ -236,7 +236,7 @@ class Encoder:
             TracedExample(
                 examples[place],
                 renderings[place].text,
-                [(0, 0)] * examples[place].num_bos + tokens[place].spans(),
+                [(0, 0)] * len(self._bos(renderings[place])) + tokens[place].spans(),
             )
             for place in self._kept(examples)
         ]
