@@ -25,10 +25,19 @@ from toy_tokenizers import asked, spell
 
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.data.encoding.encoder import EncodedExample
+from qlora_pl.data.reading.named_datasets import DATASETS
+from qlora_pl.data.reading.normalizing import read_conversations
+from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.data.templates.wording import TEXT_TEMPLATES
 
 # ruff: noqa: RUF001  (punctuation of the languages shown)
 FOLDER = Path(__file__).parent / "golden"
+
+
+def fixture(name: str) -> str:
+    """Three rows of a named dataset, in its schema."""
+    return str(FOLDER.parent / "fixtures" / (f"{name}.txt" if name == "text" else f"{name}.jsonl"))
+
 
 ROWS: dict[str, list[Conversation]] = {
     "Japanese": [
@@ -82,6 +91,17 @@ ROWS: dict[str, list[Conversation]] = {
     ],
 }
 LANGUAGES = [name for name in ROWS if name != "every shape"]
+DIALOGUES = ("guanaco", "oasst1", "hh-rlhf", "chip2", "vicuna")
+"""Datasets that are shown under guanaco's template; the others under alpaca's."""
+
+
+def rows_of_dataset(name: str) -> list[Conversation]:
+    """The rows of a dataset's fixture, as a run reads them."""
+    source = {"dataset": name, "path": fixture(name), "limit": 3}
+    return [c for _, c in read_conversations(RowSources.parse(source))]
+
+
+ROWS |= {f"dataset {name}": rows_of_dataset(name) for name in DATASETS}
 SHOWN: list[tuple[str, str, list[str]]] = [
     *((kind, "chat", LANGUAGES) for kind in ("smollm2", "mistral", "mistral3", "qwen", "llama3")),
     *(
@@ -90,6 +110,8 @@ SHOWN: list[tuple[str, str, list[str]]] = [
         if name != "llama3"
     ),
     ("llama3", "llama3", ["every shape"]),
+    ("mistral", "guanaco", [f"dataset {name}" for name in DIALOGUES]),
+    ("mistral", "alpaca", [f"dataset {name}" for name in DATASETS if name not in DIALOGUES]),
 ]
 """Tokenizer, template and names of rows: a file each."""
 
