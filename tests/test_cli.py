@@ -427,7 +427,7 @@ def test_help_of_a_key_says_what_it_means(
         main()
     printed = " ".join(capsys.readouterr().out.split())
     assert "Rank: rows of A and columns of B." in printed
-    assert "Rows of a micro-batch on one device." in printed
+    assert "Rows of a micro-batch on one device, or packs" in printed
 
 
 def test_print_config_gives_a_file_that_runs(

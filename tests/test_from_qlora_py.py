@@ -11,7 +11,7 @@ import yaml
 
 from qlora_pl.cli import RunReader, read_runs
 from qlora_pl.data.reading.sources import RowSources
-from qlora_pl.data.templates.template import TEMPLATES
+from qlora_pl.data.templates.loading import TEMPLATES
 from qlora_pl.parsing import unknown_keys
 
 PAGE = (Path(__file__).parent.parent / "docs/from-qlora-py.md").read_text()

@@ -114,7 +114,7 @@ def test_the_module_and_the_data_are_those_of_the_quickstart_experiment(
             case "sources" | "val_sources" | "test_sources":
                 assert getattr(data, name).plain() == value.plain(), name
             case "template":
-                assert data.template_name == value
+                assert data.chosen_template == value
             case "tokenizer":
                 assert data.tokenizer_name is None  # the model's
             case "eval_batch_size":

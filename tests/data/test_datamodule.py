@@ -579,6 +579,8 @@ def test_the_models_revision_is_not_asked_of_another_tokenizer(
 
     real = splits.load_tokenizer
     monkeypatch.setattr(splits, "load_tokenizer", load)
+    for name in ("load_model_config", "known_stop_tokens"):  # which would ask the Hub
+        monkeypatch.setattr(splits, name, lambda *_: None)
     model = SimpleNamespace(model_name_or_path="a/model", revision="abc", cache_dir="/cache")
     for tokenizer in (None, "another/tokenizer"):
         data = on_device(make(tokenizer=tokenizer), 0, 1)

@@ -380,3 +380,20 @@ def test_answers_that_become_rows_are_traced_as_rows() -> None:
         (examples,) = encode_with.encode([row])
         traced = encode_with.trace(row)
         assert [t.example.labels.tolist() for t in traced] == [e.labels.tolist() for e in examples]
+
+
+def test_a_tokenizer_that_transformers_would_read_through_another_library_is_read_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As Mistral's where mistral-common is installed, with or without what that needs."""
+    from transformers import AutoTokenizer
+
+    build("bytes").save_pretrained(tmp_path)
+    without_characters = type("Other", (), {"is_fast": False})
+    for other in (lambda *_, **__: without_characters(), lambda *_, **__: 1 / 0):
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", other)
+        tokenizer = load_tokenizer(str(tmp_path))
+        assert (
+            tokenizer("It has", add_special_tokens=False)["input_ids"]
+            == (build("bytes")("It has", add_special_tokens=False)["input_ids"])
+        )

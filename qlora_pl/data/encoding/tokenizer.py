@@ -17,16 +17,24 @@ def load_tokenizer(name: str, revision: str | None = None, cache_dir: str | None
     Raises:
         ConfigurationError: if the folder or Hub name has no fast tokenizer.
     """
-    from transformers import AutoTokenizer  # slow to import
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, cache_dir=cache_dir)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
+    tokenizer, problem = None, None
+    # The second is for machines that have mistral-common, through which transformers then reads
+    # Mistral's tokenizers, without characters.
+    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+        try:
+            tokenizer = kind.from_pretrained(name, revision=revision, cache_dir=cache_dir)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
+            problem = problem or error
+        if getattr(tokenizer, "is_fast", False):
+            break
+    if tokenizer is None:
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise ConfigurationError(
-            f"data.tokenizer: no tokenizer could be read from '{name}' "
-            f"({(str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')})."
-        ) from error
-    if not tokenizer.is_fast:
+            f"data.tokenizer: no tokenizer could be read from '{name}' ({reason.rstrip('.')})."
+        ) from problem
+    if not getattr(tokenizer, "is_fast", False):
         raise ConfigurationError(
             f"data.tokenizer: '{name}' has no fast tokenizer, which labels need (character "
             "offsets); convert it once with transformers and save it."
