@@ -161,7 +161,9 @@ TRANSLATED: dict[str, Any] = {
     "model.optimizer.weight_decay": 0.0,
     "trainer.gradient_clip_val": 0.3,
     "model.gradient_checkpointing": True,
-    "data.max_length": 1 + 512,  # BOS, which was its whole source, and the target
+    "data.max_length": 16,
+    "data.max_target_length": 512,
+    "data.encoding": "original",
     "data.batch_size": 1,
     "trainer.accumulate_grad_batches": 16,
     "trainer.max_steps": 1875,
