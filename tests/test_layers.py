@@ -54,6 +54,7 @@ DATA = [
     "batches.collation",
     "batches.pair_batches",
     "splits",
+    "windows",
     "batches.batching",
     "continuing",
     "setting_checks",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
+
+import numpy as np
 
 from qlora_pl.errors import CheckpointError
 
 SENTENCES = {
     "train_rows": "the training rows (or their template, tokenizer or length)",
     "num_train_rows": "the number of training rows",
+    "window": "data.window",
     "global_batch_size": "the rows of an optimizer step",
     "batch_size": "data.batch_size",
     "accumulation": "trainer.accumulate_grad_batches",
@@ -20,6 +24,11 @@ SENTENCES = {
     "multiplicity": "the weights of the sources",
 }
 """Each part of the record in words; what a record lacks is None, as where it is not used."""
+
+
+def digest_of(values: np.ndarray) -> str:
+    """SHA-256 of numbers."""
+    return sha256(np.ascontiguousarray(values, dtype=np.float64).tobytes()).hexdigest()
 
 
 def refuse_other_order(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

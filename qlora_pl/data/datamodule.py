@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from qlora_pl.data.batches.batching import (
     TrainingBatches,
 )
 from qlora_pl.data.batches.collation import make_packing_probe
-from qlora_pl.data.continuing import refuse_other_order
+from qlora_pl.data.continuing import digest_of, refuse_other_order
 from qlora_pl.data.encoding.encoder import TrainOn
 from qlora_pl.data.encoding.encoder_choice import Encoding
 from qlora_pl.data.encoding.lengths import Overlong
@@ -43,9 +42,11 @@ from qlora_pl.data.splits import (
     hub_split,
     multiplicity,
     prepare_encoder,
+    prompts_of,
     read_split,
     split_off,
 )
+from qlora_pl.data.windows import Windows, open_windows
 from qlora_pl.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ class InstructionDataModule(LightningDataModule):
         cache: Whether encoded rows are kept on disk (``QLORA_PL_CACHE`` or ``~/.cache/qlora_pl``),
             so that the next start need not encode.
         encoding_processes: Processes that encode; None: up to 8, once there are many rows.
+        window: Rows that are read, encoded and judged at a time while training goes on, for sources
+            too large to be read before (streamed ones); None: everything is read first.
         on_error: What becomes of a bad row: ``stop``: the run, naming it. ``skip``: it is left out,
             counted and listed, unless too many are bad (1 %, and ten or more).
         batch_size: Rows of a micro-batch on one device, or packs where rows are packed. Rows of an
@@ -121,6 +124,7 @@ class InstructionDataModule(LightningDataModule):
         append_eos: bool = True,
         cache: bool = True,
         encoding_processes: int | None = None,
+        window: int | None = None,
         on_error: OnError = "stop",
         batch_size: int = 4,
         eval_batch_size: int | None = None,
@@ -151,6 +155,9 @@ class InstructionDataModule(LightningDataModule):
         self.cache = cache
         self.encoding_processes = encoding_processes
         self.on_error: OnError = on_error
+        self.window = window
+        self._windows: Windows | None = None
+        self._first_window = ""
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.group_by_length = group_by_length
@@ -193,6 +200,11 @@ class InstructionDataModule(LightningDataModule):
 
     def _setup_fit(self) -> None:
         self._prepare_encoder()
+        if self.window is not None:
+            self._windows = open_windows(self, self.window)
+            self.splits |= self._windows.first_splits(self)
+            self._first_window = self.splits["train"].rows.fingerprint()
+            return
         train = self.read_rows(self.sources, "data.sources")
         val_sources = self.val_sources or hub_split(self.sources, ("validation", "eval", "dev"))
         if val_sources:
@@ -243,6 +255,12 @@ class InstructionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches in the run's order, from where a resumed run stopped."""
+        resume_from = self._resume_from
+        if self._windows is not None:
+            epoch = max(resume_from["epoch"], getattr(self.trainer, "current_epoch", 0))
+            if epoch != resume_from["epoch"]:
+                resume_from = {"epoch": epoch, "position": 0}
+            self.splits["train"] = self._windows.read(epoch)
         split = self.splits["train"]
         batches = TrainingBatches(
             split.rows,
@@ -255,7 +273,7 @@ class InstructionDataModule(LightningDataModule):
         )
         if batches.regroups_rows:
             logger.info("batches: %s", batches)
-        sampler = ResumableSampler(batches, **self._resume_from)
+        sampler = ResumableSampler(batches, **resume_from)
         return self._loader(batches, sampler)
 
     def _lines(self) -> BatchShape:
@@ -300,8 +318,8 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             ConfigurationError: if there are none and validating is all that was asked for.
         """
-        is_asked_for = self.trainer is not None and self.trainer.state.fn == "validate"
-        if is_asked_for and not len(self.splits["val"].rows):
+        is_asked = self.trainer is not None and self.trainer.state.fn == "validate"
+        if is_asked and not len(self.splits["val"].rows):
             raise ConfigurationError(
                 "data.val_size: 0 leaves no validation rows to score; name data.val_sources."
             )
@@ -313,25 +331,9 @@ class InstructionDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """The prompts of the validation rows, in their order."""
-        split = self.splits["val"]
-        if not len(split.rows):
-            raise ConfigurationError(
-                "data.val_size: 0 leaves no validation rows to answer; name data.val_sources."
-            )
-        conversations = [c for c in split.conversations.each() if not c.is_plain_text]
-        if not conversations:
-            raise ConfigurationError(
-                "data.val_sources: the validation rows are plain text, which has no prompts to "
-                "answer."
-            )
-        prompts = [self.encoder.encode_prompt(c.prompt) for c in conversations]
-        batches = PromptBatches(
-            prompts,
-            [c.reference for c in conversations],
-            self._layout(self.eval_batch_size),
-            self.tokenizer.pad_token_id,
-        )
-        return self._loader(batches)
+        prompts, references = prompts_of(self.splits["val"], self.encoder)
+        layout, pad_id = self._layout(self.eval_batch_size), self.tokenizer.pad_token_id
+        return self._loader(PromptBatches(prompts, references, layout, pad_id))
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch] | list[Any]:
         rows = self.splits[split].rows
@@ -364,9 +366,11 @@ class InstructionDataModule(LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """What decides which rows form which step, in plain types; kept in every checkpoint."""
         layout, weights = self._training_layout(), self._multiplicity()
+        rows = self.splits["train"].rows
         return {
-            "train_rows": self.splits["train"].rows.fingerprint(),
-            "num_train_rows": len(self.splits["train"].rows),
+            "train_rows": self._first_window or rows.fingerprint(),
+            "num_train_rows": None if self.window else len(rows),
+            "window": self.window,
             "global_batch_size": layout.global_batch_size,
             "batch_size": layout.batch_size,
             # A position counts micro-batches: 8 are two steps of one device, or eight of four.
@@ -375,7 +379,7 @@ class InstructionDataModule(LightningDataModule):
             "seed": self._order_seed(),
             "pack_tokens": self.max_length if self.is_packed else None,
             "tokens_per_batch": self.tokens_per_batch,
-            "multiplicity": None if weights is None else _digest(weights),
+            "multiplicity": None if weights is None else digest_of(weights),
         }
 
     def resume_from(self, saved: Mapping[str, Any], epoch: int, position: int) -> None:
@@ -391,7 +395,3 @@ class InstructionDataModule(LightningDataModule):
         """File and row number of rows of a split, for messages; fillers are left out."""
         places = self.splits[split].places
         return [str(places[row]) for row in row_ids if row >= 0]
-
-
-def _digest(values: np.ndarray) -> str:
-    return sha256(np.ascontiguousarray(values, dtype=np.float64).tobytes()).hexdigest()

@@ -40,6 +40,13 @@ def _of_rows(data: Any) -> Iterator[tuple[bool, str]]:
         isinstance(data.val_size, int) or data.val_size < 1,
         f"val_size: a share lies below 1, got {data.val_size}; write a whole number for rows.",
     )
+    yield data.window is None or data.window >= 1, f"window: must be at least 1, got {data.window}."
+    streamed = [source.name for source in data.sources.sources if source.streaming]
+    yield (
+        not streamed or data.window is not None,
+        f"window: '{', '.join(streamed)}' is streamed and cannot be read before training; set it, "
+        "for example to 10000.",
+    )
     for name in ("max_train_samples", "max_val_samples"):
         limit = getattr(data, name)
         yield limit is None or limit >= 1, f"{name}: must be at least 1, got {limit}."

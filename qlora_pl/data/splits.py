@@ -154,6 +154,23 @@ def first_rows(split: EncodedSplit, limit: int | None) -> EncodedSplit:
     return split if limit is None or limit >= len(split.rows) else split.select(range(limit))
 
 
+def prompts_of(
+    split: EncodedSplit, encoder: Encoder
+) -> tuple[list[tuple[str, list[int]]], list[str]]:
+    """What each conversation of a split asks, as text and ids, and what it answers.
+
+    Raises:
+        ConfigurationError: if the rows are plain text.
+    """
+    conversations = [c for c in split.conversations.each() if not c.is_plain_text]
+    if not conversations:
+        raise ConfigurationError(
+            "data.val_sources: the validation rows are plain text, which has no prompts to answer."
+        )
+    prompts = [encoder.encode_prompt(c.prompt) for c in conversations]
+    return prompts, [c.reference for c in conversations]
+
+
 def multiplicity(split: EncodedSplit, sources: RowSources) -> np.ndarray | None:
     """``(num_rows,)`` float64: how often an epoch uses each row; None: each of them once."""
     weights = np.array([source.weight for source in sources.sources], dtype=np.float64)

@@ -33,8 +33,7 @@ tags: [lora, qlora, qlora-pl]
 
 # {kind} adapter for {base}
 
-Trained for {manifest.step:,} optimizer steps on {
-        manifest.data.get("num_train_rows", 0):,} rows, over
+Trained for {manifest.step:,} optimizer steps on {trained_rows(manifest)}, over
 the base in {_precision(manifest)}.
 Rank {lora["r"]}, alpha {lora["alpha"]:g}{some}{scale}{biases[lora["bias"]]}, dropout {
         lora["dropout"]:g}; prompt template
@@ -45,6 +44,13 @@ the base and the digest of every file here.
 {_warnings(manifest)}
 {_loading(manifest)}
 """
+
+
+def trained_rows(manifest: AdapterManifest) -> str:
+    """How many rows a run had, in words."""
+    if window := manifest.data.get("window"):
+        return f"rows that were read {window:,} at a time"
+    return f"{manifest.data.get('num_train_rows', 0):,} rows"
 
 
 def _precision(manifest: AdapterManifest) -> str:

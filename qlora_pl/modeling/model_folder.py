@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import atomic_folder, sha256_file, write_json
 from qlora_pl.modeling.adapter_folder import HELD_OUT, AdapterManifest
+from qlora_pl.modeling.model_card import trained_rows
 
 MAX_SHARD_SIZE = "4GB"
 
@@ -115,8 +116,7 @@ tags: [full-fine-tuning, qlora-pl]
 
 # {base}, fine-tuned whole
 
-Trained for {manifest.step:,} optimizer steps on {
-        manifest.data.get("num_train_rows", 0):,} rows, every
+Trained for {manifest.step:,} optimizer steps on {trained_rows(manifest)}, every
 weight of it, kept in {manifest.lora["dtype"]}; prompt template `{manifest.template}`.
 `run.yaml` is the whole configuration; `manifest.json` holds the fingerprint of the base and the
 digest of every file here.

@@ -27,6 +27,8 @@ from qlora_pl.errors import ConfigurationError, DatasetFormatError
 logger = logging.getLogger(__name__)
 
 OnError = Literal["stop", "skip"]
+MAX_SKIPPED_RATIO = 0.01
+"""Share of a source's rows that may be bad."""
 MIN_SKIPPED_ROWS = 10
 """Fewer bad rows than these are never too many, whatever their share."""
 PROMPT_COLUMNS = ("system", "system_prompt", "history", "tools")
@@ -76,7 +78,7 @@ def read_conversations(
     sources: RowSources,
     on_error: OnError = "stop",
     report: ReadingReport | None = None,
-    max_skipped_ratio: float = 0.01,
+    max_skipped_ratio: float = MAX_SKIPPED_RATIO,
 ) -> Iterator[tuple[Place, Conversation]]:
     """Every row as a conversation with its place, in the order of the sources.
 

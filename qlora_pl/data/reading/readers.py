@@ -168,7 +168,12 @@ def load_hub_dataset(source: SourceConfig) -> Any:
     only = {} if source.file is None else {"data_files": source.file}
     try:
         return datasets.load_dataset(
-            source.path, source.subset, split=source.split, revision=source.revision, **only
+            source.path,
+            source.subset,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
+            **only,
         )
     except Exception as error:  # the Hub client raises a dozen unrelated types
         raise DatasetFormatError(

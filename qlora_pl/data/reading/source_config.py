@@ -59,6 +59,9 @@ class SourceConfig:
     languages: tuple[str, ...] = ()
     """Of message trees (format oasst) only messages in these languages, for example [en]; empty:
     all of them."""
+    streaming: bool = False
+    """Read a Hub dataset row by row over the network instead of downloading it; needs
+    `data.window`."""
     replies: Replies = "best"
     """Of message trees (format oasst) the path of the `best` reply at each level, or `all` paths,
     each of them a row."""
@@ -83,6 +86,10 @@ class SourceConfig:
             yield f"no dataset is called '{self.dataset}' (known: {known}){hint}"
         if isinstance(self.format, str) and self.format not in FORMATS:
             yield f"no format is called '{self.format}'{did_you_mean(self.format, FORMATS)}"
+        if not isinstance(self.streaming, bool):
+            yield f"streaming must be true or false, got {self.streaming!r}."
+        elif self.streaming and self.sample is not None:
+            yield "sample has to read every row before it draws; with streaming set limit."
         for name in ("limit", "sample", "sample_seed"):
             yield from self._wrong_count(name)
         if self.limit is not None and self.sample is not None:
@@ -199,6 +206,7 @@ class SourceConfig:
             ("subset", None),
             ("revision", None),
             ("file", None),
+            ("streaming", False),
         ):
             if (value := getattr(self, name)) != default and not (
                 name == "split" and self.is_saved

@@ -89,8 +89,18 @@ class Source(NamedTuple):
                 yield place, conversation, number
 
 
+class _Given(NamedTuple):
+    """Rows that were read already."""
+
+    reads: Sequence[Read]
+
+    def conversations(self, report: ReadingReport) -> Iterator[Read]:
+        report.num_rows.update(place.source for place, *_ in self.reads)
+        return iter(self.reads)
+
+
 def write_rows(
-    folder: Path, source: Source, encode: ChunkEncoder, num_processes: int | None
+    folder: Path, source: Source | _Given, encode: ChunkEncoder, num_processes: int | None
 ) -> None:
     """Encode every row into a folder, with a progress bar where that takes longer than a second."""
     report, reading = DataReport(), ReadingReport()
@@ -104,17 +114,25 @@ def write_rows(
         for origins, result in encode_stream(stream, encode, num_processes):  # noqa: B007
             writer.append(result.chunk)
             report.add(result.report)
-            needed = _sum_padded(needed, result.needed)
+            needed = sum_padded(needed, result.needed)
             bar.update(result.report.num_rows)
         report.add_reading(reading)
         writer.finish(origins, report.to_plain(), needed)
 
 
-def _sum_padded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def sum_padded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The sum of two histograms, of which one may be shorter."""
     total = np.zeros(max(len(a), len(b)), np.int64)
     total[: len(a)] += a
     total[: len(b)] += b
     return total
+
+
+def prepare_reads(reads: Sequence[Read], encode: ChunkEncoder) -> tuple[EncodedSplit, np.ndarray]:
+    """These rows alone, encoded and counted but not judged; and how many need which length."""
+    stored = _unkept(lambda folder: write_rows(folder, _Given(reads), encode, 1))
+    report = DataReport(**stored.report)
+    return EncodedSplit(stored.rows, stored.places, stored.conversations, report), stored.needed
 
 
 def prepare_split(
