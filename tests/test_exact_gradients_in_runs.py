@@ -100,7 +100,10 @@ def test_three_rows_where_every_window_is_partial_give_the_exact_mean(
         assert step["token_pairs"] == (lengths**2).sum()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [name if name == "padded" else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES],
+)
 def test_two_processes_have_the_steps_and_gradients_of_one(
     shape: str, saved: Saver, tmp_path: Path
 ) -> None:

@@ -220,7 +220,14 @@ def rows_like(source: SourceConfig, count: int) -> list[dict[str, str]]:
     return [{"text": text.format(n)} for n in range(count)]
 
 
-@pytest.mark.parametrize("stem", BASES)
+# Which differ from guanaco7b in numbers alone.
+ALIKE = ("guanaco13b", "guanaco33b", "guanaco65b", "llama2_7b_guanaco")
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [pytest.param(s, marks=pytest.mark.slow) if s in ALIKE else s for s in BASES],
+)
 def test_a_shrunken_base_trains_the_very_file_for_three_steps(
     stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ preparation.RowWriter.finish = wait
     assert leftover not in entries(cache)
 
 
+@pytest.mark.slow
 def test_processes_that_write_the_same_entry_at_once_all_get_it(tmp_path: Path, source: Path):
     build("bytes").save_pretrained(tmp_path / "tokenizer")
     with ThreadPoolExecutor() as pool:
