@@ -108,6 +108,18 @@ def test_a_question_that_is_cut_gets_no_stop_token():
             assert row.input_ids.tolist() == example.input_ids[:n].tolist()
 
 
+def test_a_cut_answer_gets_its_own_stop_token_back():
+    """Which counts as much as the answer does, not as the next one."""
+    half, whole = Message("assistant", "a" * 30, weight=0.5), Message("assistant", "b")
+    row = Conversation((Message("user", "q"), half, Message("user", "q"), whole))
+    (example,) = encoder("bytes", "guanaco").encode([row])[0]
+    first = int(np.flatnonzero(example.is_trained)[0])
+    (cut,) = fitted(example, first + 10, "cut_keep_stop")
+    assert cut.input_ids[-1] == 2
+    assert cut.weights is not None
+    assert cut.weights[first:].tolist() == [0.5] * 10
+
+
 # -- what is counted -----------------------------------------------------------------------------
 
 

@@ -47,8 +47,9 @@ def test_rows_are_the_same_from_the_cache_and_without_it(
 def test_rows_are_the_same_bytes_in_one_process_and_in_two(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Most chunks are encoded in the processes here, as the second look at their number says."""
+    """More chunks than wait at a time, all but the first of them encoded in the processes."""
     monkeypatch.setattr(preparation, "CHUNKS_BEFORE_PROCESSES", 1)
+    monkeypatch.setattr(preparation, "TOKENIZER_CHUNK", 100)
     there: list[int] = []
     submit = preparation.ProcessPoolExecutor.submit
 
@@ -60,7 +61,7 @@ def test_rows_are_the_same_bytes_in_one_process_and_in_two(
     one = prepare(source, tmp_path / "one")
     assert not there
     two = prepare(source, tmp_path / "two", processes=2)
-    assert len(there) == -(-len(source.read_text().splitlines()) // TOKENIZER_CHUNK) - 1
+    assert len(there) == -(-len(source.read_text().splitlines()) // 100) - 1
     assert same(one, two)
     assert content(entries(tmp_path / "one")[0]) == content(entries(tmp_path / "two")[0])
 

@@ -189,3 +189,10 @@ def test_generated_rows_pass_through_a_trimming_template_whatever_they_spell():
     for row in generated(seed=32, number=30, texts=CLEAN):
         turns = tuple(m for m in row.messages if m.role != "system")
         with_it.encode([Conversation(turns)])
+
+
+def test_a_template_that_drops_thoughts_even_of_an_answer_that_is_trained_is_refused():
+    """It would teach to answer without them, though the row has them."""
+    dropping = QWEN3.replace("loop.last", "false")
+    with pytest.raises(ConfigurationError, match=r"drops or rewrites message 2 \(assistant"):
+        chat(dropping).encode([asked("One?", "<think>hm</think>1.", "Two?", "2.")])
