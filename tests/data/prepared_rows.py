@@ -75,7 +75,7 @@ def same(one: EncodedSplit, other: EncodedSplit) -> bool:
 
 
 CHILD = """
-import sys
+import sys, threading, time
 from qlora_pl.data.audit import Limits
 from qlora_pl.data.encoding import Encoder
 from qlora_pl.data.preparation import prepare_split
@@ -85,25 +85,26 @@ from qlora_pl.data.tokenizer import load_tokenizer
 from pathlib import Path
 tokenizer = load_tokenizer(sys.argv[2])
 encoder = Encoder(load_template("guanaco", tokenizer), tokenizer)
-cache = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+cache = Path(sys.argv[3])
 def rss():
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0])
 before = rss()
-peak = [before]
-import qlora_pl.data.row_store as store
-append = store.RowWriter.append
-def watched(self, chunk):
-    append(self, chunk)
-    peak[0] = max(peak[0], rss())
-store.RowWriter.append = watched
+peak = before
+def watch():
+    global peak
+    while True:
+        peak = max(peak, rss())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
 split = prepare_split(RowSources.parse(sys.argv[1]), encoder, Limits(), "data.x", cache)
-print(len(split.rows), split.rows.fingerprint(), max(peak[0], rss()) - before)
+print(len(split.rows), split.rows.fingerprint(), peak - before)
 """
 
 
-def child(tmp_path: Path, path: Path, keep: bool = True, **environment: str) -> list[str]:
-    arguments = [str(path), str(tmp_path / "tokenizer"), *([str(tmp_path / "cache")] * keep)]
+def child(tmp_path: Path, path: Path, **environment: str) -> list[str]:
+    """Number of rows, their fingerprint, and the peak of anonymous memory in KiB they took."""
+    arguments = [str(path), str(tmp_path / "tokenizer"), str(tmp_path / "cache")]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments],
         env={"PYTHONPATH": str(PACKAGE.parent)} | os.environ | environment,

@@ -172,9 +172,10 @@ def test_rows_in_memory_are_kept_nowhere(tmp_path: Path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path):
-    """Peak anonymous memory of a child: 20,000 rows against ten times as many, within 12 MiB.
+    """Peak anonymous memory of a child: 20,000 rows against ten times as many, within 3 MiB.
 
-    Kept for each row is nothing; the tolerance is for what the allocator keeps back.
+    The second file is 18 MB larger and so are its tokens; the tolerance is for what the allocator
+    keeps back (0.1 MiB where this was written).
     """
     build("bytes").save_pretrained(tmp_path / "tokenizer")
     peaks = []
@@ -184,7 +185,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path):
             for n in range(number):
                 row = {"prompt": f"How many legs has animal {n}?", "response": f"It has {n} legs."}
                 file.write(json.dumps(row) + "\n")
-        count, _, peak = child(tmp_path, path, keep=False)
+        count, _, peak = child(tmp_path, path)
         assert int(count) == number
         peaks.append(int(peak))
-    assert peaks[1] - peaks[0] < 12 * 1024
+    assert peaks[1] - peaks[0] < 3 * 1024
