@@ -160,8 +160,12 @@ def prompts_of(
     """What each conversation of a split asks, as text and ids, and what it answers.
 
     Raises:
-        ConfigurationError: if the rows are plain text.
+        ConfigurationError: if there are none, or they are plain text.
     """
+    if not len(split.rows):
+        raise ConfigurationError(
+            "data.val_size: 0 leaves no validation rows to answer; name data.val_sources."
+        )
     conversations = [c for c in split.conversations.each() if not c.is_plain_text]
     if not conversations:
         raise ConfigurationError(

@@ -299,7 +299,7 @@ def test_something_else_among_rows_in_memory_is_named():
             {"path": "a.jsonl", "fromat": "alpaca"},
             "data.x: a source has no setting 'fromat' (known: path, dataset, split, subset, "
             "revision, file, format, columns, limit, sample, sample_seed, weight, languages, "
-            "replies, documents); did you mean 'format'?",
+            "streaming, replies, documents); did you mean 'format'?",
         ),
         ([{"path": 3}], "data.x: {'path': 3} has no path; write path: FILE."),
         ({"path": "a", "limit": 0}, "data.x (a): limit must be at least 1, got 0."),

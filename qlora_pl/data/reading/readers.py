@@ -165,14 +165,14 @@ def load_hub_dataset(source: SourceConfig) -> Any:
     """
     import datasets  # slow to import
 
-    only = {} if source.file is None else {"data_files": source.file}
+    only: dict[str, Any] = {} if source.file is None else {"data_files": source.file}
+    only |= {"streaming": True} if source.streaming else {}
     try:
         return datasets.load_dataset(
             source.path,
             source.subset,
             split=source.split,
             revision=source.revision,
-            streaming=source.streaming,
             **only,
         )
     except Exception as error:  # the Hub client raises a dozen unrelated types
