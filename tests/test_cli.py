@@ -269,8 +269,8 @@ BAD_FILES: dict[str, tuple[str, str]] = {
     "misspelt source setting": (
         "data: {sources: [{path: ROWS, fromat: alpaca}]}",
         "data.sources: a source has no setting 'fromat' (known: path, dataset, split, subset, "
-        "revision, file, format, columns, limit, sample, sample_seed, weight, languages, streaming, "
-        "replies, documents); did you mean 'format'?",
+        "revision, file, format, columns, limit, sample, sample_seed, weight, "
+        "languages, streaming, replies, documents); did you mean 'format'?",
     ),
     "format": (
         "data: {sources: [{path: ROWS, format: alpacca}]}",
