@@ -261,7 +261,8 @@ def packing() -> list[dict[str, float]]:
                 drawn = np.random.default_rng(0).lognormal(np.log(median), sigma, number)
                 lengths = np.clip(drawn.astype(np.int64), 1, capacity)
                 start = time.perf_counter()
-                packs = pack_rows(lengths, capacity)
+                generator = np.random.default_rng(0)
+                packs = pack_rows(lengths, np.arange(number), capacity, generator)
                 taken = time.perf_counter() - start
                 table.append(
                     {

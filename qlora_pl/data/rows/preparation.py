@@ -108,7 +108,7 @@ def write_rows(
     origins: Sequence[tuple[str, int]] = []
     with (
         RowWriter(folder) as writer,
-        tqdm(desc="encoding", unit=" rows", unit_scale=True, delay=1.0, leave=False) as bar,
+        tqdm(desc="encoding", unit=" rows", delay=1.0, leave=False, disable=None) as bar,
     ):
         stream = source.conversations(reading)
         for origins, result in encode_stream(stream, encode, num_processes):  # noqa: B007
