@@ -25,18 +25,14 @@ from torchmetrics import SumMetric
 from qlora_pl.batch import Batch, PromptBatch
 from qlora_pl.errors import CheckpointError
 from qlora_pl.modeling.adapter_start import Start, find_start, start_adapters
-from qlora_pl.modeling.adapters import (
-    LoRAConfig,
-    attach_adapters,
-    refuse_unfit_ranks,
-    resolve_targets,
-)
+from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
+from qlora_pl.modeling.assembly import load_adapted, shards_parameters
 from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
 from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
-from qlora_pl.modeling.full_training import refuse_packed_weights, train_all_weights
+from qlora_pl.modeling.full_training import refuse_packed_weights
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
-from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
+from qlora_pl.modeling.loading import LoadedBase, prepare_for_training
 from qlora_pl.modeling.loss import Normalization
 from qlora_pl.modeling.mixed_precision import SkippedSteps, precision_plugin
 from qlora_pl.modeling.optimizer_state import (
@@ -55,6 +51,8 @@ from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.modeling.plan import AttentionKernel, build_skeleton
 from qlora_pl.modeling.prequantized import make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.sharded_loading import refuse_unshardable
+from qlora_pl.modeling.sharding import copy_into, unit_names, whole
 from qlora_pl.modeling.step import (
     MicroBatch,
     StepStatistics,
@@ -63,7 +61,7 @@ from qlora_pl.modeling.step import (
     sum_over_step,
 )
 from qlora_pl.modeling.summary import summarize
-from qlora_pl.modeling.vocabulary import check_vocabulary, grow_vocabulary, rows_of
+from qlora_pl.modeling.vocabulary import check_vocabulary, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -169,13 +167,17 @@ class QLoRAModule(LightningModule):
             targets = resolve_targets(skeleton, self.lora)
             refuse_unfit_ranks(skeleton, self.lora, targets)
             self.start = find_start(self.lora, self.identity, targets)
-        if self._tokenizer is not None:
-            check_vocabulary(self._tokenizer, skeleton, self.grow_vocabulary)
-            rows_of(skeleton, self._tokenizer, self.lora.trainable_tokens)
+        if self.tokenizer is not None:
+            check_vocabulary(self.tokenizer, skeleton, self.grow_vocabulary)
+            rows_of(skeleton, self.tokenizer, self.lora.trainable_tokens)
+        if shards_parameters(self.trainer):
+            refuse_unshardable(self.quantization, self.lora, self.grow_vocabulary)
+            unit_names(skeleton)
         warn_of_high_rate(self.optimizer_config.lr, skeleton)
 
     @property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The data module's, if there is one."""
         return getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
 
     def configure_model(self) -> None:
@@ -184,29 +186,7 @@ class QLoRAModule(LightningModule):
             self._choose_precision()  # another trainer may have another plugin
             settle_packing(self, self.trainer)
             return
-        assert self.identity is not None
-        self.base = load_base(
-            self.identity,
-            self.quantization,
-            self.plan,
-            device=self.trainer.strategy.root_device,
-            cache_dir=self.cache_dir,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-            is_first_rank=self.trainer.is_global_zero,
-            rest_dtype=None if self.lora.has_adapters else getattr(torch, self.lora.dtype),
-        )
-        grows = self.grow_vocabulary and self._tokenizer is not None
-        new_rows = grow_vocabulary(self.base.model, len(self._tokenizer)) if grows else {}
-        self.vocabulary_size = len(self._tokenizer) if new_rows else None
-        if self.lora.trainable_tokens:
-            chosen = rows_of(self.base.model, self._tokenizer, self.lora.trainable_tokens)
-            new_rows = {name: [*chosen[name], *new_rows.get(name, [])] for name in chosen}
-        if self.lora.has_adapters:
-            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-            self.model = attach_adapters(self.base.model, self.lora, seed, new_rows)
-        else:
-            self.model = train_all_weights(self.base.model, self.base.compute_dtype)
+        self.base, self.model, self.vocabulary_size = load_adapted(self)
         prepare_for_training(self.model, self.gradient_checkpointing)
         self._choose_precision()
         settle_packing(self, self.trainer)
@@ -335,9 +315,12 @@ class QLoRAModule(LightningModule):
         return trainable_tensors(self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained tensors alone: the base is never saved, it is found by its fingerprint."""
+        """The trained tensors alone: the base is never saved, it is found by its fingerprint.
+
+        Sharded ones are made whole, for which every process has to ask.
+        """
         prefix = kwargs.get("prefix", "")
-        return {f"{prefix}{name}": p.detach() for name, p in self.trained_tensors().items()}
+        return {f"{prefix}{name}": whole(p.detach()) for name, p in self.trained_tensors().items()}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -349,9 +332,8 @@ class QLoRAModule(LightningModule):
         """
         own = self.trained_tensors()
         refuse_other_tensors(own, state_dict)
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state_dict[name])
+        for name, parameter in own.items():
+            copy_into(parameter, state_dict[name])
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint of this module can be continued by, in plain types."""
