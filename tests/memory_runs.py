@@ -119,7 +119,7 @@ def train(
     settings: dict[str, Any] = {
         "quantization": QuantizationConfig(compute_dtype=compute),  # type: ignore[arg-type]
         "lora": LoRAConfig(r=4, dropout=dropout),
-        "optimizer": OptimizerConfig(lr=1e-2),
+        "optimizer": OptimizerConfig(name="sgd", lr=1.0),  # AdamW would divide small errors away
         "gradient_checkpointing": False,
     }
     module = QLoRAModule(str(base), **settings | model)
