@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +22,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import SumMetric
 
 from qlora_pl.batch import Batch, PromptBatch
 from qlora_pl.errors import CheckpointError
@@ -34,11 +35,9 @@ from qlora_pl.modeling.full_training import refuse_packed_weights
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.loading import LoadedBase, prepare_for_training
 from qlora_pl.modeling.loss import Normalization
-from qlora_pl.modeling.mixed_precision import SkippedSteps, precision_plugin
-from qlora_pl.modeling.optimizer_state import (
-    named_optimizer_state,
-    optimizer_state_from_names,
-)
+from qlora_pl.modeling.micro_batches import MicroBatchRunner, OnOutOfMemory
+from qlora_pl.modeling.mixed_precision import SkippedSteps, choose_precision
+from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
 from qlora_pl.modeling.optimizers import (
     OptimizerConfig,
     ScheduleConfig,
@@ -53,9 +52,11 @@ from qlora_pl.modeling.prequantized import make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.sharded_loading import refuse_unshardable
 from qlora_pl.modeling.sharding import copy_into, unit_names, whole
+from qlora_pl.modeling.split_loss import SplitLoss
 from qlora_pl.modeling.step import (
     MicroBatch,
     StepStatistics,
+    averaged_ranks,
     refuse_silent_adapters,
     stop_if_diverged,
     sum_over_step,
@@ -66,6 +67,7 @@ from qlora_pl.modeling.vocabulary import check_vocabulary, rows_of
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "qlora_pl"
+PIECES_KEY = "micro_batch_pieces"
 
 
 class QLoRAModule(LightningModule):
@@ -83,6 +85,9 @@ class QLoRAModule(LightningModule):
         decoding: How ``predict`` answers.
         normalize_loss_by: ``tokens``: every trained token of a step weighs the same. ``rows``:
             every row does. ``micro_batches``: the original's mean of means.
+        on_oom: What a batch comes to that does not fit into memory. ``split``: it is repeated in
+            halves with the same gradient, and all that follow are halved too. ``stop``: the run
+            ends.
         gradient_checkpointing: Recompute activations in the backward pass: a third more
             arithmetic, and memory for one layer instead of all.
         attn_implementation: transformers' attention kernel; auto: sdpa, or eager for families
@@ -102,6 +107,7 @@ class QLoRAModule(LightningModule):
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         decoding: DecodingConfig = DecodingConfig(),  # noqa: B008
         normalize_loss_by: Normalization = "tokens",
+        on_oom: OnOutOfMemory = "split",
         gradient_checkpointing: bool = True,
         attn_implementation: AttentionKernel = "auto",
         trust_remote_code: bool = False,
@@ -128,13 +134,12 @@ class QLoRAModule(LightningModule):
         self.identity: BaseIdentity | None = None
         self.last_step: StepStatistics | None = None
         self.last_evaluation: dict[str, float] = {}
+        self.runner = MicroBatchRunner(on_oom)
         self._micro_batches: list[MicroBatch] = []
         self._skipped = SkippedSteps()
         self._resumed: dict[str, Any] | None = None
         self.start: Start = None
-        self._val_nats, self._val_tokens = SumMetric(), SumMetric()
-        for metric in (self._val_nats, self._val_tokens):
-            metric.set_dtype(torch.float64)  # a float32 sum of many nats loses the small ones
+        self.split_loss = SplitLoss()
         self.strict_loading = True
 
     @property
@@ -155,6 +160,7 @@ class QLoRAModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check everything that the base's configuration can show, before weights are loaded."""
+        averaged_ranks(self.trainer)  # whether this strategy can be used at all
         if self.model is not None:
             return
         self.identity = identify_base(self.model_name_or_path, self.revision, self.cache_dir)
@@ -183,24 +189,19 @@ class QLoRAModule(LightningModule):
     def configure_model(self) -> None:
         """Load the base on this rank's device and attach adapters; a second call returns."""
         if self.model is not None:
-            self._choose_precision()  # another trainer may have another plugin
-            settle_packing(self, self.trainer)
+            self._prepare_for(self.trainer)  # which may be another
             return
         self.base, self.model, self.vocabulary_size = load_adapted(self)
         prepare_for_training(self.model, self.gradient_checkpointing)
-        self._choose_precision()
-        settle_packing(self, self.trainer)
+        self._prepare_for(self.trainer)
         if self.trainer.is_global_zero:
             name = self.model_name_or_path
             logger.info("%s", summarize(name, self.model, self.base, self.quantization))
 
-    def _choose_precision(self) -> None:
-        strategy = self.trainer.strategy
+    def _prepare_for(self, trainer: Any) -> None:
         assert self.base is not None
-        # The strategy's device: the module is moved there only later.
-        plugin = precision_plugin(self.base.compute_dtype, self._adapted, strategy.root_device)
-        if plugin is not None:
-            strategy.precision_plugin = plugin
+        choose_precision(trainer.strategy, self.base.compute_dtype, self._adapted)
+        settle_packing(self, trainer)
 
     def on_fit_start(self) -> None:
         """Begin where ``model.lora`` says; earlier hooks cannot tell whether a run is resumed."""
@@ -216,43 +217,42 @@ class QLoRAModule(LightningModule):
     # -- steps -----------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of the batch's losses; ``on_before_optimizer_step`` divides by the step's weight.
+        """Make the batch's gradients; ``on_before_optimizer_step`` divides by the step's weight.
 
-        Lightning divides by the accumulation in any case, hence the factor.
+        Returns the sum of its losses; Lightning divides by the accumulation, hence the factor.
         """
-        loss = language_model_loss(self._adapted, batch, self.normalize_loss_by)
+        loss = self.runner.add_gradients(self, batch, len(self._micro_batches) + 1)
         self._micro_batches.append(MicroBatch.of(loss, batch))
         return loss.total * self.trainer.accumulate_grad_batches
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``training_step`` has done it, since a piece comes after another's backward."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing: a step's first micro-batch drops the gradients of the step before."""
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn gradients of sums into gradients of the step's mean; runs before clipping."""
-        sums = sum_over_step(self._micro_batches, self.trainer.world_size, self.device)
+        trainer, new_splits = self.trainer, self.runner.num_new_splits
+        sums = sum_over_step(self._micro_batches, trainer.world_size, self.device, new_splits)
         trained = self.trained_tensors()
         gradients = [p.grad for p in trained.values() if p.grad is not None]
-        # Strategies average gradients over devices; the sum is the average times their number.
-        torch._foreach_mul_(gradients, self.trainer.world_size / (sums.weight or 1.0))
+        torch._foreach_mul_(gradients, averaged_ranks(trainer) / (sums.weight or 1.0))
         self.last_step = StepStatistics.of(
-            sums,
-            row_ids=[row for batch in self._micro_batches for row in batch.row_ids.tolist()],
-            grad_norm=float(torch.nn.utils.get_total_norm(gradients)),
-            learning_rate=optimizer.param_groups[0]["lr"],
-            loss_scale=self._loss_scale(),
+            sums, self._micro_batches, gradients, optimizer, trainer.precision_plugin
         )
-        stop_if_diverged(self.last_step, self._micro_batches, self.trainer)
-        self._skipped.count(self.last_step.is_skipped, self.trainer.global_step + 1)
-        if self.trainer.global_step == 0 and not self.last_step.is_skipped:
+        stop_if_diverged(self.last_step, self._micro_batches, trainer)
+        self._skipped.count(self.last_step.is_skipped, trainer.global_step + 1)
+        if trainer.global_step == 0 and not self.last_step.is_skipped:
             refuse_silent_adapters(trained)
+        self.runner.agree(sums.new_splits, self)
         self._micro_batches.clear()
-
-    def _loss_scale(self) -> float | None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return None if scaler is None else scaler.get_scale()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch's token losses to the split's sum."""
-        loss = language_model_loss(self._adapted, batch)
-        self._val_nats.update(loss.token_sum)
-        self._val_tokens.update(loss.num_tokens)
+        run = partial(language_model_loss, self._adapted)
+        for loss in self.runner.evaluate(self, batch, run):
+            self.split_loss.update(loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As in validation."""
@@ -267,21 +267,21 @@ class QLoRAModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, split: str) -> None:
-        num_tokens = self._val_tokens.compute()
-        loss = self._val_nats.compute() / num_tokens.clamp(min=1)
-        values = {f"{split}/loss": loss.float(), f"{split}/perplexity": loss.exp().float()}
+        values = self.split_loss.finish(split)
+        self.runner.agree_on_evaluation(self.trainer)
         self.last_evaluation = {name: float(value) for name, value in values.items()}
         # Loggers get them from RunMetrics, by optimizer steps done; Lightning's step lags behind.
         self.log_dict(values, prog_bar=True, logger=False)
-        self._val_nats.reset()
-        self._val_tokens.reset()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers, one mapping a row: row, prompt, answer, reference."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        return answer_rows(
-            self._adapted, data.tokenizer, batch, data.encoder.stop_ids, self.decoding
-        )
+        stop_ids = data.encoder.stop_ids
+
+        def answer(piece: Any) -> list[dict[str, Any]]:
+            return answer_rows(self._adapted, data.tokenizer, piece, stop_ids, self.decoding)
+
+        return list(chain.from_iterable(self.runner.evaluate(self, batch, answer)))
 
     @property
     def _adapted(self) -> nn.Module:
@@ -342,6 +342,7 @@ class QLoRAModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this run is, and key the optimizer's state by parameter name."""
         checkpoint[CHECKPOINT_KEY] = self.describe()
+        checkpoint[PIECES_KEY] = self.runner.state_dict()
         if "optimizer_states" in checkpoint:
             named = list(self.trained_tensors().items())
             checkpoint["optimizer_states"] = [
@@ -361,6 +362,7 @@ class QLoRAModule(LightningModule):
         saved = checkpoint[CHECKPOINT_KEY]
         if problems := list(differences(saved, self.describe(), is_training)):
             raise CheckpointError(problems)
+        self.runner.load_state_dict(checkpoint.get(PIECES_KEY, {}))
         if not self.trainer.optimizers:  # Lightning restores the model before it builds these
             self._resumed = checkpoint
         else:
