@@ -65,6 +65,7 @@ def _load_sharded(module: Any) -> tuple[LoadedBase, nn.Module]:
         module.quantization,
         module.plan,
         module.lora,
+        watch=module.base_watch,
         mesh=strategy.mesh,
         device=strategy.root_device,
         offload=strategy.cpu_offload,

@@ -28,6 +28,7 @@ from qlora_pl.errors import CheckpointError
 from qlora_pl.modeling.adapter_start import Start, find_start, start_adapters
 from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
 from qlora_pl.modeling.assembly import load_adapted, shards_parameters
+from qlora_pl.modeling.base_checksum import BaseWatch
 from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
 from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
@@ -67,6 +68,7 @@ from qlora_pl.modeling.vocabulary import check_vocabulary, rows_of
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "qlora_pl"
+BASE_KEY = "frozen_base"
 PIECES_KEY = "micro_batch_pieces"
 
 
@@ -137,6 +139,7 @@ class QLoRAModule(LightningModule):
         self.runner = MicroBatchRunner(on_oom)
         self._micro_batches: list[MicroBatch] = []
         self._skipped = SkippedSteps()
+        self.base_watch = BaseWatch()
         self._resumed: dict[str, Any] | None = None
         self.start: Start = None
         self.split_loss = SplitLoss()
@@ -192,6 +195,7 @@ class QLoRAModule(LightningModule):
             self._prepare_for(self.trainer)  # which may be another
             return
         self.base, self.model, self.vocabulary_size = load_adapted(self)
+        self.base_watch.remember(self.model, self.trainer.strategy.root_device)
         prepare_for_training(self.model, self.gradient_checkpointing)
         self._prepare_for(self.trainer)
         if self.trainer.is_global_zero:
@@ -213,6 +217,15 @@ class QLoRAModule(LightningModule):
         """Begin dropout where the seed says, whatever happened while loading and sampling."""
         if self.trainer.ckpt_path is None and "PL_GLOBAL_SEED" in os.environ:
             torch.manual_seed(int(os.environ["PL_GLOBAL_SEED"]))
+        self._check_base("before training")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """A strategy or a kernel that changes the base does so in the first step."""
+        if self.trainer.global_step == 1 and not self._micro_batches:
+            self._check_base("in step 1")
+
+    def _check_base(self, when: str) -> None:
+        self.base_watch.check(self._adapted, self.device, when)
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -340,7 +353,13 @@ class QLoRAModule(LightningModule):
         return describe_run(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what this run is, and key the optimizer's state by parameter name."""
+        """Add what this run is, and key the optimizer's state by parameter name.
+
+        Raises:
+            TrainingStoppedError: if the frozen base has changed since it was loaded.
+        """
+        self._check_base(f"before step {self.trainer.global_step} was saved")
+        checkpoint[BASE_KEY] = self.base_watch.state_dict(self.device)
         checkpoint[CHECKPOINT_KEY] = self.describe()
         checkpoint[PIECES_KEY] = self.runner.state_dict()
         if "optimizer_states" in checkpoint:
@@ -363,6 +382,8 @@ class QLoRAModule(LightningModule):
         if problems := list(differences(saved, self.describe(), is_training)):
             raise CheckpointError(problems)
         self.runner.load_state_dict(checkpoint.get(PIECES_KEY, {}))
+        if BASE_KEY in checkpoint:
+            self.base_watch.compare(checkpoint[BASE_KEY], self.device)
         if not self.trainer.optimizers:  # Lightning restores the model before it builds these
             self._resumed = checkpoint
         else:

@@ -15,6 +15,7 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
+from qlora_pl.modeling.base_checksum import BaseWatch
 from qlora_pl.modeling.identity import BaseIdentity
 from qlora_pl.modeling.loading import (
     LoadedBase,
@@ -33,6 +34,7 @@ from qlora_pl.modeling.verification import account_for
 
 BASE_PREFIX = "base_model.model."
 """What PEFT puts before a base's names; an adapted layer's own become ``NAME.base_layer``."""
+CUT = "while it was cut over the devices"
 
 
 def refuse_unshardable(
@@ -73,6 +75,7 @@ def load_sharded(
     plan: QuantizationPlan,
     lora: LoRAConfig,
     *,
+    watch: BaseWatch,
     mesh: Any,
     device: torch.device,
     offload: bool,
@@ -90,6 +93,7 @@ def load_sharded(
         config: How it is quantised.
         plan: From ``make_plan``.
         lora: What to attach.
+        watch: Told what the base is before it is cut, and asked whether it is the same after.
         mesh: Of all devices, one-dimensional.
         device: This process's.
         offload: Whether parts wait in host memory; see ``shard``.
@@ -106,6 +110,7 @@ def load_sharded(
     Raises:
         ConfigurationError: if a matrix is missing, or was not quantised as planned.
         HardwareError: if there is no room for the packed copy.
+        TrainingStoppedError: if cutting it has changed the base.
     """
     compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
     dtype = unquantized_dtype(config, compute_dtype)
@@ -126,10 +131,14 @@ def load_sharded(
     for unit in unit_names(model):
         fill(model, tensors, device, name_in_base, unit)
         account_for(base, plan, config, within=name_in_base(unit))
+        watch.remember(model.get_submodule(unit), device, within=name_in_base(unit))
         shard(model.get_submodule(unit), mesh, offload)
     fill(model, tensors, device, name_in_base)
     refuse_empty(model)
+    watch.check(model, device, CUT)
+    watch.remember(model, device)
     shard(base, mesh, offload)
+    watch.check(model, device, CUT)
     barrier()
     if is_made and not config.cache:
         shutil.rmtree(copy, ignore_errors=True)

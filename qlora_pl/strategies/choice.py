@@ -29,8 +29,8 @@ def refuse_other_strategies(trainer: Any) -> None:
     chosen = trainer.strategy
     if isinstance(chosen, str) and chosen in FSDP1:
         problems.append(
-            f"trainer.strategy: '{chosen}' cannot flatten packed 4-bit bytes and refuses to clip by "
-            "the global norm; take fsdp2 (configs/trainer/fsdp2.yaml), which shards the same base."
+            f"trainer.strategy: '{chosen}' cannot flatten packed 4-bit bytes, nor clip by the global "
+            "norm; take fsdp2 (configs/trainer/fsdp2.yaml), which shards the same base."
         )
     elif isinstance(chosen, str) and chosen not in NAMES:
         problems.append(
