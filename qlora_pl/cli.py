@@ -30,6 +30,7 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
+from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
@@ -215,6 +216,8 @@ class QLoRACLI(LightningCLI):
         chosen = config["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         essential += default_bars(chosen, config["enable_progress_bar"])
+        if isinstance(config["strategy"], str):
+            config["strategy"] = strategy_named(config["strategy"])
         return super()._instantiate_trainer(config, [*essential, *callbacks])
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -328,6 +331,7 @@ def check_run(run: Namespace) -> list[str]:
         ),
         lambda: RunConfig(**settings(run.run)),
         lambda: check_trainer(run.trainer),
+        lambda: refuse_other_strategies(run.trainer),
     ]
     for group in groups:
         try:
