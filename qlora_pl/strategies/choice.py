@@ -29,7 +29,7 @@ def refuse_other_strategies(trainer: Any) -> None:
     chosen = trainer.strategy
     if isinstance(chosen, str) and chosen in FSDP1:
         problems.append(
-            f"trainer.strategy: '{chosen}' cannot flatten packed 4-bit bytes, nor clip by the global "
+            f"trainer.strategy: '{chosen}' cannot flatten packed 4-bit bytes, nor clip by global "
             "norm; take fsdp2 (configs/trainer/fsdp2.yaml), which shards the same base."
         )
     elif isinstance(chosen, str) and chosen not in NAMES:
