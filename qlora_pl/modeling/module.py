@@ -33,6 +33,7 @@ from qlora_pl.modeling.compatibility import describe_run, differences, refuse_ot
 from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
 from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
 from qlora_pl.modeling.full_training import refuse_packed_weights
+from qlora_pl.modeling.gradients import scale_gradients
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.loading import LoadedBase, prepare_for_training
 from qlora_pl.modeling.loss import Normalization
@@ -54,6 +55,7 @@ from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.sharded_loading import refuse_unshardable
 from qlora_pl.modeling.sharding import copy_into, unit_names, whole
 from qlora_pl.modeling.split_loss import SplitLoss
+from qlora_pl.modeling.state_precision import refuse_shard_count
 from qlora_pl.modeling.step import (
     MicroBatch,
     StepStatistics,
@@ -181,6 +183,7 @@ class QLoRAModule(LightningModule):
             rows_of(skeleton, self.tokenizer, self.lora.trainable_tokens)
         if shards_parameters(self.trainer):
             refuse_unshardable(self.quantization, self.lora, self.grow_vocabulary)
+            refuse_shard_count(self.optimizer_config.name, self.trainer.world_size)
             unit_names(skeleton)
         warn_of_high_rate(self.optimizer_config.lr, skeleton)
 
@@ -250,7 +253,7 @@ class QLoRAModule(LightningModule):
         sums = sum_over_step(self._micro_batches, trainer.world_size, self.device, new_splits)
         trained = self.trained_tensors()
         gradients = [p.grad for p in trained.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, averaged_ranks(trainer) / (sums.weight or 1.0))
+        scale_gradients(gradients, averaged_ranks(trainer) / (sums.weight or 1.0))
         self.last_step = StepStatistics.of(
             sums, self._micro_batches, gradients, optimizer, trainer.precision_plugin
         )

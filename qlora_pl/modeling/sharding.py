@@ -30,7 +30,7 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def local_part(full: Tensor, sharded: Tensor) -> Tensor:
+def part_of(full: Tensor, sharded: Tensor) -> Tensor:
     """This device's part of a whole tensor, cut as another one is; may be empty.
 
     Args:
@@ -50,7 +50,7 @@ def local_part(full: Tensor, sharded: Tensor) -> Tensor:
 def copy_into(target: Tensor, full: Tensor) -> None:
     """Overwrite a tensor, sharded or not, by the values of a whole one."""
     if is_sharded(target):
-        cast(Any, target).to_local().copy_(local_part(full, target))
+        cast(Any, target).to_local().copy_(part_of(full, target))
     else:
         target.copy_(full)
 
