@@ -31,6 +31,7 @@ from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
 from qlora_pl.training.checkpoint import AdapterCheckpoint
+from qlora_pl.training.lost_ranks import lost_rank, watch_other_ranks
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
@@ -48,8 +49,9 @@ from qlora_pl.training.run_lock import RunLock
 from qlora_pl.training.run_record import RunRecord, run_logger
 from qlora_pl.training.samples import SampleWriter
 from qlora_pl.training.stopping import (
-    ending_on_sigterm,
     has_reached_its_end,
+    leaving_on_signals,
+    request_of,
     stopped_by_signal,
 )
 from qlora_pl.training.trainer_settings import check_seed, check_trainer
@@ -225,15 +227,20 @@ class QLoRACLI(LightningCLI):
                 file=sys.stderr,
             )
         is_fit, folder = subcommand == "fit", self.resolved.folder
+        watch_other_ranks(self.trainer, self.config[subcommand].run.timeout_seconds)
         try:
-            with ending_on_sigterm(self.trainer):
+            with leaving_on_signals(self.trainer):
                 super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
-        except SystemExit as end:
-            stopped = stopped_by_signal(end, folder, is_fit) if self._is_first else None
+        except (SystemExit, Exception) as end:
+            stopped = stopped_by_signal(end, request_of(self.trainer), folder, is_fit)
+            if stopped is None and (lost := lost_rank(end, self.trainer)) is not None:
+                raise lost from end
             if stopped is None:
                 raise
+            if not self._is_first:  # one sentence is enough
+                raise SystemExit(stopped.exit_code) from end
             raise stopped from end
         if self.trainer.is_global_zero:
             print(result_line(self.trainer, subcommand, folder))
