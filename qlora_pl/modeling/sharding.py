@@ -1,7 +1,8 @@
 """A model cut over devices along the first dimension of every parameter (torch's FSDP2).
 
-A unit is what is whole on a device at a time: one decoder layer, the embedding or the head. Packed 4-bit matrices are cut as the bytes they are; what they are
-decoded with (0.016 bytes a weight with double quantisation) stays whole beside each layer.
+A unit is what is whole on a device at a time: one decoder layer, the embedding or the head. Packed
+4-bit matrices are cut as the bytes they are; what they are decoded with (0.016 bytes a weight with
+double quantisation) stays whole beside each layer.
 """
 
 from __future__ import annotations
