@@ -106,6 +106,7 @@ MAY_USE: dict[str, set[str]] = {
     "modeling.packed_model": {"torch", "transformers", "bitsandbytes", "safetensors"},
     "modeling.optimizers": {"torch", "bitsandbytes"},
     "modeling.module": {"torch", "lightning"},
+    "modeling.module_checkpoint": {"torch", "lightning"},
     "modeling.split_loss": {"torch", "torchmetrics"},
     "strategies": {"torch", "lightning"},
     "training": {"torch", "numpy", "lightning", "peft", "yaml"},

@@ -22,6 +22,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether devices hold parts of a model, and have to go through it together."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every device; of a sharded one all devices have to ask together."""
     if not is_sharded(tensor):
