@@ -22,7 +22,9 @@ from qlora_pl.files import remove_leftovers, serialize, sha256_bytes, write_atom
 from qlora_pl.training.adapter_save import AdapterSaver
 from qlora_pl.training.random_state import collect_random_states, restore_random_states
 from qlora_pl.training.resuming import (
+    carry_over,
     clipping,
+    random_states_of,
     refuse_other_clipping,
     refuse_unknown_metric,
     take_up_schedules,
@@ -165,7 +167,7 @@ class AdapterCheckpoint(Checkpoint):
                 remove_leftovers(self.folder / name)
         if self._loaded is not None:
             states = self._loaded["random_states"]
-            restore_random_states(states[min(trainer.global_rank, len(states) - 1)])
+            restore_random_states(random_states_of(states, trainer))
             take_up_schedules(trainer)
             self.last_checkpoint = Path(str(trainer.ckpt_path))
             self._loaded = None
@@ -325,7 +327,8 @@ class AdapterCheckpoint(Checkpoint):
         boundary = checkpoint["boundary"]
         data = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "resume_from") and checkpoint["data"] is not None:
-            data.resume_from(checkpoint["data"], boundary["epoch"], boundary["position"])
+            at = data.resume_from(checkpoint["data"], boundary["epoch"], boundary["position"])
+            carry_over(checkpoint, at, trainer)
         self.scores = dict(checkpoint["scores"])
         self.saved_steps = list(checkpoint["saved_steps"])
         self._loaded = checkpoint
