@@ -22,6 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from qlora_pl.data.batches.global_batch import settle_accumulation
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError, QLoRAError
@@ -63,7 +64,7 @@ from qlora_pl.training.stopping import (
     request_of,
     stopped_by_signal,
 )
-from qlora_pl.training.trainer_settings import check_seed, check_trainer
+from qlora_pl.training.trainer_settings import RunTrainer, check_seed, check_trainer
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(
@@ -76,10 +77,11 @@ register_type(
 logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 3
+DEFAULT_ACCUMULATION = 4  # with batch_size 4 the paper's 16 rows a step
 TRAINER_DEFAULTS = {
     "precision": "32-true",  # types are set when the base is loaded, and by nothing else
     "gradient_clip_val": 0.3,  # the paper's (table 9)
-    "accumulate_grad_batches": 4,  # with batch_size 4 the paper's 16 rows a step
+    "accumulate_grad_batches": None,  # what data.global_batch_size leaves, or the default above
     "num_sanity_val_steps": -1,  # the whole validation split before training: the "before" figure
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # the module's own counts logical weights
@@ -118,6 +120,7 @@ class QLoRACLI(LightningCLI):
                 seed_everything_default=0,
                 auto_configure_optimizers=False,  # the optimizer is built after the model is loaded
                 save_config_callback=RunRecord,
+                trainer_class=RunTrainer,
                 trainer_defaults=TRAINER_DEFAULTS,
                 parser_class=QLoRAParser,
                 parser_kwargs={"prog": "qlora-pl"},
@@ -244,9 +247,12 @@ class QLoRACLI(LightningCLI):
         if chosen is None or chosen is True:
             kwargs["logger"] = run_logger(self.resolved) if self.subcommand == "fit" else False
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
+        if self.subcommand == "fit":  # before rows are read and processes started
+            settle_accumulation(self.datamodule, trainer)
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         essential: list[Any] = [RunMetrics(), StepLayout()]
@@ -348,6 +354,8 @@ def complete(run: Namespace) -> Namespace:
     trainer = run.trainer
     if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
         trainer.max_epochs = DEFAULT_EPOCHS
+    if trainer.accumulate_grad_batches is None and run.data.global_batch_size is None:
+        trainer.accumulate_grad_batches = DEFAULT_ACCUMULATION
     return run
 
 

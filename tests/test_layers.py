@@ -94,6 +94,7 @@ MAY_USE: dict[str, set[str]] = {
     "data.encoding.tokenization": {"tokenizers"},
     "data.rows.preparation": {"numpy", "tqdm"},
     "data.datamodule": {"torch", "numpy", "lightning"},
+    "data.sharing": {"torch", "lightning"},
     "modeling": {"torch", "transformers", "numpy", "tqdm", "huggingface_hub", "safetensors"},
     "modeling.adapters": {"torch", "peft"},
     "modeling.adapter_start": {"torch", "peft", "safetensors", "huggingface_hub"},
