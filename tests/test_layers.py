@@ -102,6 +102,8 @@ MAY_USE: dict[str, set[str]] = {
     "modeling.parameters": {"torch", "peft"},
     "modeling.replacement": {"torch", "transformers", "bitsandbytes"},
     "modeling.mixed_precision": {"torch", "lightning"},
+    "modeling.packed_cache": {"torch", "safetensors"},
+    "modeling.packed_model": {"torch", "transformers", "bitsandbytes", "safetensors"},
     "modeling.optimizers": {"torch", "bitsandbytes"},
     "modeling.module": {"torch", "lightning"},
     "modeling.split_loss": {"torch", "torchmetrics"},

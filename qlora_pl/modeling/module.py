@@ -26,18 +26,16 @@ from torch.optim import Optimizer
 from qlora_pl.batch import Batch, PromptBatch
 from qlora_pl.errors import CheckpointError
 from qlora_pl.modeling.adapter_start import Start, find_start, start_adapters
-from qlora_pl.modeling.adapters import (
-    LoRAConfig,
-    attach_adapters,
-    refuse_unfit_ranks,
-    resolve_targets,
-)
+from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
+from qlora_pl.modeling.assembly import load_adapted, shards_parameters
+from qlora_pl.modeling.base_checksum import BaseWatch
 from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
 from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
-from qlora_pl.modeling.full_training import refuse_packed_weights, train_all_weights
+from qlora_pl.modeling.full_training import refuse_packed_weights
+from qlora_pl.modeling.gradients import scale_gradients
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
-from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
+from qlora_pl.modeling.loading import LoadedBase, prepare_for_training
 from qlora_pl.modeling.loss import Normalization
 from qlora_pl.modeling.micro_batches import MicroBatchRunner, OnOutOfMemory
 from qlora_pl.modeling.mixed_precision import SkippedSteps, choose_precision
@@ -54,7 +52,10 @@ from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.modeling.plan import AttentionKernel, build_skeleton
 from qlora_pl.modeling.prequantized import make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.sharded_loading import refuse_unshardable
+from qlora_pl.modeling.sharding import copy_into, unit_names, whole
 from qlora_pl.modeling.split_loss import SplitLoss
+from qlora_pl.modeling.state_precision import refuse_shard_count
 from qlora_pl.modeling.step import (
     MicroBatch,
     StepStatistics,
@@ -64,11 +65,12 @@ from qlora_pl.modeling.step import (
     sum_over_step,
 )
 from qlora_pl.modeling.summary import summarize
-from qlora_pl.modeling.vocabulary import check_vocabulary, grow_vocabulary, rows_of
+from qlora_pl.modeling.vocabulary import check_vocabulary, rows_of
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "qlora_pl"
+BASE_KEY = "frozen_base"
 PIECES_KEY = "micro_batch_pieces"
 
 
@@ -139,6 +141,7 @@ class QLoRAModule(LightningModule):
         self.runner = MicroBatchRunner(on_oom)
         self._micro_batches: list[MicroBatch] = []
         self._skipped = SkippedSteps()
+        self.base_watch = BaseWatch()
         self._resumed: dict[str, Any] | None = None
         self.start: Start = None
         self.split_loss = SplitLoss()
@@ -175,13 +178,18 @@ class QLoRAModule(LightningModule):
             targets = resolve_targets(skeleton, self.lora)
             refuse_unfit_ranks(skeleton, self.lora, targets)
             self.start = find_start(self.lora, self.identity, targets)
-        if self._tokenizer is not None:
-            check_vocabulary(self._tokenizer, skeleton, self.grow_vocabulary)
-            rows_of(skeleton, self._tokenizer, self.lora.trainable_tokens)
+        if self.tokenizer is not None:
+            check_vocabulary(self.tokenizer, skeleton, self.grow_vocabulary)
+            rows_of(skeleton, self.tokenizer, self.lora.trainable_tokens)
+        if shards_parameters(self.trainer):
+            refuse_unshardable(self.quantization, self.lora, self.grow_vocabulary)
+            refuse_shard_count(self.optimizer_config.name, self.trainer.world_size)
+            unit_names(skeleton)
         warn_of_high_rate(self.optimizer_config.lr, skeleton)
 
     @property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The data module's, if there is one."""
         return getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
 
     def configure_model(self) -> None:
@@ -189,29 +197,8 @@ class QLoRAModule(LightningModule):
         if self.model is not None:
             self._prepare_for(self.trainer)  # which may be another
             return
-        assert self.identity is not None
-        self.base = load_base(
-            self.identity,
-            self.quantization,
-            self.plan,
-            device=self.trainer.strategy.root_device,
-            cache_dir=self.cache_dir,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-            is_first_rank=self.trainer.is_global_zero,
-            rest_dtype=None if self.lora.has_adapters else getattr(torch, self.lora.dtype),
-        )
-        grows = self.grow_vocabulary and self._tokenizer is not None
-        new_rows = grow_vocabulary(self.base.model, len(self._tokenizer)) if grows else {}
-        self.vocabulary_size = len(self._tokenizer) if new_rows else None
-        if self.lora.trainable_tokens:
-            chosen = rows_of(self.base.model, self._tokenizer, self.lora.trainable_tokens)
-            new_rows = {name: [*chosen[name], *new_rows.get(name, [])] for name in chosen}
-        if self.lora.has_adapters:
-            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-            self.model = attach_adapters(self.base.model, self.lora, seed, new_rows)
-        else:
-            self.model = train_all_weights(self.base.model, self.base.compute_dtype)
+        self.base, self.model, self.vocabulary_size = load_adapted(self)
+        self.base_watch.remember(self.model, self.trainer.strategy.root_device)
         prepare_for_training(self.model, self.gradient_checkpointing)
         self._prepare_for(self.trainer)
         if self.trainer.is_global_zero:
@@ -233,6 +220,15 @@ class QLoRAModule(LightningModule):
         """Begin dropout where the seed says, whatever happened while loading and sampling."""
         if self.trainer.ckpt_path is None and "PL_GLOBAL_SEED" in os.environ:
             torch.manual_seed(int(os.environ["PL_GLOBAL_SEED"]))
+        self._check_base("before training")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """A strategy or a kernel that changes the base does so in the first step."""
+        if self.trainer.global_step == 1 and not self._micro_batches:
+            self._check_base("in step 1")
+
+    def _check_base(self, when: str) -> None:
+        self.base_watch.check(self._adapted, self.device, when)
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -257,7 +253,7 @@ class QLoRAModule(LightningModule):
         sums = sum_over_step(self._micro_batches, trainer.world_size, self.device, new_splits)
         trained = self.trained_tensors()
         gradients = [p.grad for p in trained.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, averaged_ranks(trainer) / (sums.weight or 1.0))
+        scale_gradients(gradients, averaged_ranks(trainer) / (sums.weight or 1.0))
         self.last_step = StepStatistics.of(
             sums, self._micro_batches, gradients, optimizer, trainer.precision_plugin
         )
@@ -335,9 +331,12 @@ class QLoRAModule(LightningModule):
         return trainable_tensors(self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained tensors alone: the base is never saved, it is found by its fingerprint."""
+        """The trained tensors alone: the base is never saved, it is found by its fingerprint.
+
+        Sharded ones are made whole, for which every process has to ask.
+        """
         prefix = kwargs.get("prefix", "")
-        return {f"{prefix}{name}": p.detach() for name, p in self.trained_tensors().items()}
+        return {f"{prefix}{name}": whole(p.detach()) for name, p in self.trained_tensors().items()}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -349,16 +348,21 @@ class QLoRAModule(LightningModule):
         """
         own = self.trained_tensors()
         refuse_other_tensors(own, state_dict)
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state_dict[name])
+        for name, parameter in own.items():
+            copy_into(parameter, state_dict[name])
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint of this module can be continued by, in plain types."""
         return describe_run(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what this run is, and key the optimizer's state by parameter name."""
+        """Add what this run is, and key the optimizer's state by parameter name.
+
+        Raises:
+            TrainingStoppedError: if the frozen base has changed since it was loaded.
+        """
+        self._check_base(f"before step {self.trainer.global_step} was saved")
+        checkpoint[BASE_KEY] = self.base_watch.state_dict(self.device)
         checkpoint[CHECKPOINT_KEY] = self.describe()
         checkpoint[PIECES_KEY] = self.runner.state_dict()
         if "optimizer_states" in checkpoint:
@@ -381,6 +385,8 @@ class QLoRAModule(LightningModule):
         if problems := list(differences(saved, self.describe(), is_training)):
             raise CheckpointError(problems)
         self.runner.load_state_dict(checkpoint.get(PIECES_KEY, {}))
+        if BASE_KEY in checkpoint:
+            self.base_watch.compare(checkpoint[BASE_KEY], self.device)
         if not self.trainer.optimizers:  # Lightning restores the model before it builds these
             self._resumed = checkpoint
         else:

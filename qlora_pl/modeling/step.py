@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from qlora_pl.batch import FILLER_ROW
 from qlora_pl.errors import ConfigurationError, TrainingStoppedError
+from qlora_pl.modeling.gradients import total_norm
 from qlora_pl.modeling.loss import LossSum
 
 
@@ -123,7 +124,7 @@ class StepStatistics:
         scaler = getattr(precision, "scaler", None)
         return cls(
             loss=sums.nats / max(sums.trained_tokens, 1.0),
-            grad_norm=float(torch.nn.utils.get_total_norm(gradients)),
+            grad_norm=total_norm(gradients),
             learning_rate=optimizer.param_groups[0]["lr"],
             num_trained_tokens=int(sums.trained_tokens),
             num_tokens=int(sums.tokens),

@@ -9,9 +9,13 @@ from lightning.pytorch.strategies.strategy import Strategy
 
 from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.strategies.ddp import AdapterDDP
+from qlora_pl.strategies.fsdp2 import FSDP2Strategy
 
-NAMES = ("auto", "ddp")
-"""Names that a run may give; auto is one process, or ddp on several devices."""
+NAMES = ("auto", "ddp", "fsdp2", "fsdp2_offload")
+"""Names that a run may give; auto is one process, or on several GPUs what fits them."""
+USABLE = 0.92
+"""Share of a device's memory that an estimate may fill."""
+FSDP1 = ("fsdp", "fsdp_cpu_offload", "fully_sharded")
 
 
 def refuse_other_strategies(trainer: Any) -> None:
@@ -25,7 +29,12 @@ def refuse_other_strategies(trainer: Any) -> None:
     """
     problems = []
     chosen = trainer.strategy
-    if isinstance(chosen, str) and chosen not in NAMES:
+    if isinstance(chosen, str) and chosen in FSDP1:
+        problems.append(
+            f"trainer.strategy: '{chosen}' cannot flatten packed 4-bit bytes, nor clip by global "
+            "norm; take fsdp2 (configs/trainer/fsdp2.yaml), which shards the same base."
+        )
+    elif isinstance(chosen, str) and chosen not in NAMES:
         problems.append(
             f"trainer.strategy: '{chosen}' is not offered; take ddp, where each device holds the "
             f"whole 4-bit base, or fsdp2, where they share it{did_you_mean(chosen, NAMES)}"
@@ -56,4 +65,25 @@ def strategy_named(name: str) -> Strategy | str:
     """
     # What Lightning takes for several devices where it is left to choose.
     StrategyRegistry.register("ddp", AdapterDDP, override=True)
+    if name.startswith("fsdp2"):
+        return FSDP2Strategy(cpu_offload=name == "fsdp2_offload")
     return AdapterDDP() if name == "ddp" else name
+
+
+def choose_strategy(whole: float, shared: float, memory: float) -> tuple[str, str]:
+    """The strategy for several devices where none was named, and why, in a sentence.
+
+    Args:
+        whole: Bytes that training takes of a device which holds the whole base.
+        shared: The same where the devices share it.
+        memory: Bytes of the smallest device.
+    """
+    usable = USABLE * memory
+    sizes = f"{whole / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+    if whole <= usable:
+        return "ddp", f"strategy: ddp, since the whole base trains in about {sizes} on each device."
+    name = "fsdp2" if shared <= usable else "fsdp2_offload"
+    return name, (
+        f"strategy: {name}, since the whole base would take about {sizes}; shared it takes about "
+        f"{shared / 2**30:.1f} on each device{', so parts wait in host memory' * (shared > usable)}."
+    )
