@@ -52,7 +52,7 @@ from qlora_pl.training.run_folder import (
 from qlora_pl.training.run_lock import RunLock
 from qlora_pl.training.run_record import RunRecord, flatten, run_logger
 from qlora_pl.training.samples import SampleWriter
-from qlora_pl.training.slurm import begun_before, note_job
+from qlora_pl.training.slurm import asks_for_requeue, begun_before, note_job, requeue
 from qlora_pl.training.step_layout import StepLayout
 from qlora_pl.training.stopping import (
     ending_on_sigterm,
@@ -275,6 +275,8 @@ class QLoRACLI(LightningCLI):
             stopped = None if is_child else stopped_by_signal(end, folder, is_fit)
             if stopped is None:
                 raise
+            if is_fit and asks_for_requeue(getattr(stopped, "number", None)):
+                self._ranks.before_any_leaves(requeue)
             raise stopped from end
         if self.trainer.is_global_zero:
             print(result_line(self.trainer, subcommand, folder))

@@ -143,6 +143,18 @@ class Ranks:
         own.exit_code = error.exit_code
         return own
 
+    def before_any_leaves(self, act: Callable[[], Any]) -> None:
+        """Have rank 0 do what ends the others, or what their end would keep it from doing."""
+        ignore_sigterm()
+        if self._is_alone or self._session is None:
+            act()
+        elif self._launch.rank == 0:
+            act()
+            self._session.set("acted", "")
+        else:
+            with suppress(DistError):
+                self._session.wait(["acted"], timedelta(seconds=LEAVING_SECONDS))
+
     # -- words -----------------------------------------------------------------------------------
 
     def _hear(self) -> Any:
