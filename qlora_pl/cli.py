@@ -37,7 +37,6 @@ from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
-from qlora_pl.training.ranks import lost_connection
 from qlora_pl.training.run_folder import Resolved, RunConfig
 from qlora_pl.training.run_record import RunRecord, flatten, run_logger
 from qlora_pl.training.run_start import RunStart
@@ -169,7 +168,7 @@ class QLoRACLI(LightningCLI):
             RunConfig(**settings(run.run)),
             run.trainer,
             run.ckpt_path,
-            self._plain_config(),
+            self._plain_config() if self._start.launch.launcher else {},
         )
         run.ckpt_path = str(self.resolved.checkpoint) if self.resolved.checkpoint else None
 
@@ -217,10 +216,6 @@ class QLoRACLI(LightningCLI):
                 super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
-        except RuntimeError as error:
-            if (lost := lost_connection(error)) is None:
-                raise
-            raise lost from error
         except SystemExit as end:
             is_child = self._start.launch.is_child
             stopped = None if is_child else stopped_by_signal(end, folder, is_fit)

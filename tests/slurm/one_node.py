@@ -86,8 +86,8 @@ class Cluster:
         self.folder = folder
 
     def daemon(self, *command: str) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"{command[0]}.out").open("wb")
-        return subprocess.Popen(command, stdout=log, stderr=log, env=self.environment())
+        with (self.folder / f"{command[0]}.out").open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=self.environment())
 
     def environment(self) -> dict[str, str]:
         return environment() | {"SLURM_CONF": str(self.folder / "slurm.conf")}
