@@ -338,10 +338,6 @@ class QLoRAModule(LightningModule):
             for name, p in self.trained_tensors().items()
         }
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """The trained tensors in full shape, copied to the CPU; every rank calls it at a save."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self.state_dict().items()}
-
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> None:
