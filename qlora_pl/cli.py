@@ -6,10 +6,13 @@ misspelt keys of all files and flags, then all impossible values.
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -21,7 +24,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import RowSources
-from qlora_pl.errors import ConfigurationError, HardwareError
+from qlora_pl.errors import ConfigurationError, QLoRAError
 from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.full_training import refuse_packed_weights
@@ -30,23 +33,28 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
+from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.training.checkpoint import AdapterCheckpoint
+from qlora_pl.training.launching import Launch
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
+from qlora_pl.training.ranks import Ranks, hush, lost_connection
 from qlora_pl.training.run_folder import (
     FOLDER_VARIABLE,
     Resolved,
     RunConfig,
     completed_run,
     forget_if_nothing_happened,
-    is_first_process,
+    newest_verified,
     resolve_run,
     step_of,
 )
 from qlora_pl.training.run_lock import RunLock
-from qlora_pl.training.run_record import RunRecord, run_logger
+from qlora_pl.training.run_record import RunRecord, flatten, run_logger
 from qlora_pl.training.samples import SampleWriter
+from qlora_pl.training.slurm import begun_before, note_job
+from qlora_pl.training.step_layout import StepLayout
 from qlora_pl.training.stopping import (
     ending_on_sigterm,
     has_reached_its_end,
@@ -95,7 +103,10 @@ class QLoRACLI(LightningCLI):
         self._command = (sys.argv[1:] if args is None else args)[0]
         self.resolved: Resolved | None = None
         self._lock: RunLock | None = None
-        self._is_first = is_first_process()  # Lightning changes what this looks at
+        self._launch = Launch.detect()  # Lightning changes what this looks at
+        self._ranks = Ranks(self._launch)
+        if not self._launch.is_first:
+            hush(self._launch.rank)
         try:
             super().__init__(
                 QLoRAModule,
@@ -109,9 +120,11 @@ class QLoRACLI(LightningCLI):
                 parser_kwargs={"prog": "qlora-pl"},
                 load_from_checkpoint_support=False,
             )
-        except BaseException:
-            if self._is_first and self.resolved is not None:
+        except BaseException as error:
+            if self._launch.is_first and self.resolved is not None:
                 forget_if_nothing_happened(self.resolved)
+            if isinstance(error, QLoRAError) and (end := self._ranks.leave(error)) is not error:
+                raise end from None
             raise
         finally:
             if self._lock is not None:
@@ -140,8 +153,9 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Report every unknown key before parsing, which would stop at the first."""
-        self.refuse_mistakes(sys.argv[1:] if args is None else cast(list[str], args))
-        super().parse_arguments(parser, args)
+        with redirect_stdout(sys.stdout if self._launch.is_first else io.StringIO()):  # --help
+            self.refuse_mistakes(sys.argv[1:] if args is None else cast(list[str], args))
+            super().parse_arguments(parser, args)
 
     def refuse_mistakes(self, words: list[str]) -> None:
         """Look at every key before its value is parsed.
@@ -164,28 +178,43 @@ class QLoRACLI(LightningCLI):
         """Fill in what depends on other values, check everything, choose the run's folder."""
         assert self.subcommand is not None
         run = complete(self.config[self.subcommand])
-        if problems := check_run(run):
+        if problems := [*check_run(run), *self._launch.problems(run.trainer)]:
             raise ConfigurationError(problems)
         config = RunConfig(**settings(run.run))
-        if self.subcommand == "fit" and (done := completed_run(config, run.ckpt_path, run.trainer)):
-            print(f"The run in '{done}' is complete; nothing to resume.")
-            sys.exit(0)
-        command = "rehearsal" if run.trainer.fast_dev_run else self.subcommand
-        self.resolved = self._resolve(config, command, run.ckpt_path)
+        decided = self._ranks.agree(
+            self._plain_config(),
+            lambda: self._resolve(config, run).plain(),
+            lambda decided: Resolved.from_plain(decided).out_of_sight(),
+        )
+        self.resolved = self.resolved or Resolved.from_plain(decided)
         run.ckpt_path = str(self.resolved.checkpoint) if self.resolved.checkpoint else None
 
-    def _resolve(self, config: RunConfig, command: str, ckpt_path: str | None) -> Resolved:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and FOLDER_VARIABLE not in os.environ:
-            raise HardwareError(
-                "Several processes were started from outside (torchrun, srun); start one, with "
-                "--trainer.devices, and it starts the others."
-            )
+    def _plain_config(self) -> dict[str, Any]:
+        """Every value by its dotted key; where the files lie may differ between nodes."""
+        text = self.parser.dump(self.config, skip_unset=False, format="json")
+        run = json.loads(text)[self.subcommand]
+        return flatten({key: value for key, value in run.items() if key != "config"})
+
+    def _resolve(self, config: RunConfig, run: Namespace) -> Resolved:
+        """Choose folder and checkpoint, on the first process and on those that Lightning starts."""
+        is_fit = self.subcommand == "fit"
+        ckpt_path = (self._begun_before(config) if is_fit else None) or run.ckpt_path
+        if is_fit and (done := completed_run(config, ckpt_path, run.trainer)):
+            print(f"The run in '{done}' is complete; nothing to resume.")
+            sys.exit(0)
+        command = "rehearsal" if run.trainer.fast_dev_run else str(self.subcommand)
+        if self._launch.launcher is not None:
+            os.environ.pop(FOLDER_VARIABLE, None)  # of a run around this one
         resolved = resolve_run(config, command, ckpt_path)
-        if not self._is_first:
+        if not self._launch.is_first:
             return resolved
+        self.resolved = resolved  # if something fails from here on, its folder goes
         if command == "fit":
             self._lock = RunLock(resolved.folder)
-        os.environ[FOLDER_VARIABLE] = str(resolved.folder)
+            note_job(resolved.folder)
+            self._ranks.remember("folder", str(resolved.folder.resolve()))
+        if self._launch.launcher is None:
+            os.environ[FOLDER_VARIABLE] = str(resolved.folder)
         for damaged in resolved.passed_over:
             logger.warning("Passed over the checkpoint %s.", damaged)
         if resolved.checkpoint is not None:
@@ -195,12 +224,20 @@ class QLoRACLI(LightningCLI):
             logger.info("%s: %s %s at step %d", command, does, resolved.checkpoint, step)
         return resolved
 
+    def _begun_before(self, config: RunConfig) -> str | None:
+        """The checkpoint of the run that this launch began before it was started again."""
+        remembered = self._ranks.remembered("folder")
+        run = Path(remembered) if remembered else begun_before(config)
+        newest = newest_verified(run) if run is not None else None
+        return None if newest is None else str(newest)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes into the run's folder, whatever loggers were chosen."""
         assert self.subcommand is not None
         chosen = self.config[self.subcommand].trainer.logger
         assert self.resolved is not None
         kwargs["default_root_dir"] = str(self.resolved.folder)
+        kwargs |= self._launch.trainer_settings(self.config_init[self.subcommand].trainer)
         if chosen is None or chosen is True:
             kwargs["logger"] = run_logger(self.resolved) if self.subcommand == "fit" else False
         try:
@@ -209,17 +246,19 @@ class QLoRACLI(LightningCLI):
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        essential: list[Any] = [RunMetrics()]
+        essential: list[Any] = [RunMetrics(), StepLayout()]
         if self.subcommand == "predict":
             essential.append(PredictionWriter())
         chosen = config["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         essential += default_bars(chosen, config["enable_progress_bar"])
+        if isinstance(config["strategy"], str):
+            config["strategy"] = strategy_named(config["strategy"])
         return super()._instantiate_trainer(config, [*essential, *callbacks])
 
     def _run_subcommand(self, subcommand: str) -> None:
         assert self.resolved is not None
-        if self.resolved.checkpoint is None and subcommand != "fit":
+        if self.resolved.checkpoint is None and subcommand != "fit" and self._launch.is_first:
             print(
                 "No --ckpt_path: the adapters are new, so this looks at the base model.",
                 file=sys.stderr,
@@ -230,8 +269,13 @@ class QLoRACLI(LightningCLI):
                 super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
+        except RuntimeError as error:
+            if (lost := lost_connection(error)) is None:
+                raise
+            raise lost from error
         except SystemExit as end:
-            stopped = stopped_by_signal(end, folder, is_fit) if self._is_first else None
+            is_child = self._launch.is_child
+            stopped = None if is_child else stopped_by_signal(end, folder, is_fit)
             if stopped is None:
                 raise
             raise stopped from end
@@ -328,6 +372,7 @@ def check_run(run: Namespace) -> list[str]:
         ),
         lambda: RunConfig(**settings(run.run)),
         lambda: check_trainer(run.trainer),
+        lambda: refuse_other_strategies(run.trainer),
     ]
     for group in groups:
         try:

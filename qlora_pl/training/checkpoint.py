@@ -354,7 +354,7 @@ def _canonical_progress(fit_loop: dict[str, Any], boundary: Boundary) -> None:
             ready=begun, started=begun, processed=epochs, completed=epochs
         )
         batches = fit_loop["epoch_loop.batch_progress"][scope]
-        count = position if scope == "current" else batches["ready"]
+        count = position if scope == "current" else batches["processed"]
         batches.update(dict.fromkeys(("ready", "started", "processed", "completed"), count))
     fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = boundary.step

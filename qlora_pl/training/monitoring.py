@@ -219,6 +219,8 @@ class RunMetrics(Callback):
             "tokens_per_second": self.totals["tokens"] / seconds,
             "trained_tokens_per_second": self.totals["trained_tokens"] / seconds,
             **{name: int(self.totals[name]) for name in TOTALS if name != "seconds"},
+            "out_of_memory_splits": cast(int, pl_module.runner.num_splits),  # type: ignore[union-attr]
+            "micro_batch_pieces": cast(int, pl_module.runner.num_pieces),  # type: ignore[union-attr]
             "flops_per_second": self.totals["flops"] / seconds,
         }
 

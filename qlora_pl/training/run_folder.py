@@ -188,6 +188,36 @@ class Resolved:
     passed_over: tuple[str, ...] = ()
     """Newer checkpoints that are damaged, each with the reason."""
 
+    def plain(self) -> dict[str, Any]:
+        """The same in plain types, with absolute paths, for other processes."""
+        return {
+            "folder": str(self.folder.resolve()),
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint.resolve()),
+            "is_resumed": self.is_resumed,
+            "passed_over": list(self.passed_over),
+        }
+
+    @classmethod
+    def from_plain(cls, value: dict[str, Any]) -> Resolved:
+        """What ``plain`` was made of."""
+        checkpoint = value["checkpoint"]
+        return cls(
+            Path(value["folder"]),
+            None if checkpoint is None else Path(checkpoint),
+            bool(value["is_resumed"]),
+            tuple(value["passed_over"]),
+        )
+
+    def out_of_sight(self) -> str | None:
+        """Why a process of another node cannot take part in this run, in a sentence; or None."""
+        for path in (self.folder, self.checkpoint):
+            if path is not None and not path.exists():
+                return (
+                    f"'{path}' is not there; set run.root to a folder on a file system that all "
+                    "nodes share."
+                )
+        return None
+
 
 def resolve_run(config: RunConfig, command: str, ckpt_path: str | None) -> Resolved:
     """Choose the folder of a run and the checkpoint that ``ckpt_path`` means.

@@ -236,6 +236,19 @@ def test_a_longer_schedule_is_taken_up_at_its_own_rate(
     assert "step 5 trains at a learning rate of 0.005 instead of 0." in told[0]
 
 
+def test_validations_that_are_counted_across_epochs_stay_where_they_are_after_resuming(
+    tmp_path: Path, tiny_base: Path, rows_file: Path
+) -> None:
+    """Every fourth micro-batch of twenty, by ``trainer.check_val_every_n_epoch: null``."""
+    across = {"check_val_every_n_epoch": None, "val_check_interval": 4}
+    for number, kill_at in enumerate((5, 9)):
+        with pytest.raises(Killed):
+            run(tmp_path, tiny_base, rows_file, kill_at, number > 0, **across)
+    run(tmp_path, tiny_base, rows_file, resume=True, **across)
+    validated = [row[0] for row in history(tmp_path) if row[-1]]
+    assert validated == ["0", "4", "8", "12", "16", "20"]
+
+
 def test_metrics_json_says_what_the_run_came_to(uninterrupted: Any) -> None:
     metrics = json.loads((uninterrupted(1) / "metrics.json").read_text())
     assert metrics["is_complete"]
