@@ -23,8 +23,8 @@ class Fault:
     """One thing that goes wrong."""
 
     action: str
-    """``kill``, ``power`` (a kill that loses what was not synced), ``die`` (a kill of a process that
-    the command has started), ``terminate`` (SIGTERM), ``stall`` (SIGSTOP), ``jump`` (of the
+    """``kill``, ``power`` (a kill that loses what was not synced), ``die`` (a kill of a process
+    that the command has started), ``terminate`` (SIGTERM), ``stall`` (SIGSTOP), ``jump`` (of the
     clocks), ``memory`` (torch's out-of-memory error), or an error of an operation: one of
     ``ERRORS``."""
     operation: str | None = None

@@ -128,13 +128,9 @@ class ForkServer:
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError("The fork server died.")
-        said = [
-            path.read_text(errors="replace")
-            for path in sorted(self.folder.glob(f"{self._number}.out*"))
-        ]
-        return Ended(
-            said="\n".join(said), events=read_log(Path(name + ".log")), **json.loads(answer)
-        )
+        outputs = sorted(self.folder.glob(f"{self._number}.out*"))
+        said = "\n".join(path.read_text(errors="replace") for path in outputs)
+        return Ended(said=said, events=read_log(Path(name + ".log")), **json.loads(answer))
 
 
 # -- the other side --------------------------------------------------------------------------------

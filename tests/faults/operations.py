@@ -135,7 +135,8 @@ class OperationWatcher:
         def wrapped(*arguments: Any, **named: Any) -> Any:
             folders = (named.get("src_dir_fd"), named.get("dst_dir_fd"))
             folders = folders if num_paths == 2 else (named.get("dir_fd"),)
-            paths = [absolute(a, folder) for a, folder in zip(arguments[:num_paths], folders)]
+            # The arguments after the paths are modes and times.
+            paths = [absolute(a, folder) for a, folder in zip(arguments, folders, strict=False)]
             self.before(operation, paths[-1])
             result = function(*arguments, **named)
             if operation == "rename":

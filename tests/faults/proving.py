@@ -1,4 +1,4 @@
-"""One injection from end to end: the run breaks, what it left is looked at, it is resumed, compared.
+"""One injection: a run breaks, what it left is looked at, it is resumed and compared.
 
 ``prove`` returns an ``Outcome`` whose ``problems`` are empty if nothing was lost; a fault that was
 never reached is a problem too, the harness's own.

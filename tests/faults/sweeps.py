@@ -1,4 +1,4 @@
-"""Exhaustively: each operation of a part of a run fails, one after the other, until none is left."""
+"""Exhaustively: each operation of a part of a run fails, one after another, until none is left."""
 
 from __future__ import annotations
 
