@@ -36,10 +36,11 @@ from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.launching import Launch
+from qlora_pl.training.lost_ranks import lost_rank, watch_other_ranks
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
-from qlora_pl.training.ranks import Ranks, hush, lost_connection
+from qlora_pl.training.ranks import Ranks, hush
 from qlora_pl.training.run_folder import (
     FOLDER_VARIABLE,
     Resolved,
@@ -56,8 +57,9 @@ from qlora_pl.training.samples import SampleWriter
 from qlora_pl.training.slurm import begun_before, note_job
 from qlora_pl.training.step_layout import StepLayout
 from qlora_pl.training.stopping import (
-    ending_on_sigterm,
     has_reached_its_end,
+    leaving_on_signals,
+    request_of,
     stopped_by_signal,
 )
 from qlora_pl.training.trainer_settings import check_seed, check_trainer
@@ -264,20 +266,20 @@ class QLoRACLI(LightningCLI):
                 file=sys.stderr,
             )
         is_fit, folder = subcommand == "fit", self.resolved.folder
+        watch_other_ranks(self.trainer, self.config[subcommand].run.timeout_seconds)
         try:
-            with ending_on_sigterm(self.trainer):
+            with leaving_on_signals(self.trainer):
                 super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
-        except RuntimeError as error:
-            if (lost := lost_connection(error)) is None:
-                raise
-            raise lost from error
-        except SystemExit as end:
-            is_child = self._launch.is_child
-            stopped = None if is_child else stopped_by_signal(end, folder, is_fit)
+        except (SystemExit, Exception) as end:
+            stopped = stopped_by_signal(end, request_of(self.trainer), folder, is_fit)
+            if stopped is None and (lost := lost_rank(end, self.trainer)) is not None:
+                raise lost from end
             if stopped is None:
                 raise
+            if self._launch.is_child:  # one sentence is enough
+                raise SystemExit(stopped.exit_code) from end
             raise stopped from end
         if self.trainer.is_global_zero:
             print(result_line(self.trainer, subcommand, folder))

@@ -313,10 +313,7 @@ class QLoRAModule(LightningModule):
         if self._resumed is not None:
             self._name_to_index(self._resumed, optimizer)
         schedule = build_schedule(self.schedule_config, optimizer, self._num_training_steps())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _num_training_steps(self) -> float:
         trainer = self.trainer

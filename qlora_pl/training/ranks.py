@@ -333,8 +333,8 @@ def lost_connection(error: BaseException) -> TrainingStoppedError | None:
     words = ("closed by peer", "reset by peer", "Timed out waiting", "Broken pipe")
     if isinstance(error, DistError) or any(word in str(error) for word in words):
         return TrainingStoppedError(
-            "The connection to another process of this run is gone; that one's own message says "
-            "why. Continue with --ckpt_path auto."
+            "Another process of this run is gone, or did not answer within run.timeout_seconds; "
+            "its own message says why. Continue with --ckpt_path last."
         )
     return None
 
