@@ -33,7 +33,9 @@ from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
+from qlora_pl.strategies.fitting import fitting_strategy, num_gpus
 from qlora_pl.training.checkpoint import AdapterCheckpoint
+from qlora_pl.training.lost_ranks import lost_rank, watch_other_ranks
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
@@ -44,8 +46,9 @@ from qlora_pl.training.samples import SampleWriter
 from qlora_pl.training.slurm import asks_for_requeue, requeue
 from qlora_pl.training.step_layout import StepLayout
 from qlora_pl.training.stopping import (
-    ending_on_sigterm,
     has_reached_its_end,
+    leaving_on_signals,
+    request_of,
     stopped_by_signal,
 )
 from qlora_pl.training.trainer_settings import check_seed, check_trainer
@@ -134,9 +137,8 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Report every unknown key before parsing, which would stop at the first."""
-        with redirect_stdout(
-            sys.stdout if self._start.launch.is_first else io.StringIO()
-        ):  # --help
+        out = sys.stdout if self._start.launch.is_first else io.StringIO()
+        with redirect_stdout(out):  # --help, --print_config
             self.refuse_mistakes(sys.argv[1:] if args is None else cast(list[str], args))
             super().parse_arguments(parser, args)
 
@@ -199,6 +201,8 @@ class QLoRACLI(LightningCLI):
         chosen = config["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         essential += default_bars(chosen, config["enable_progress_bar"])
+        if config["strategy"] == "auto" and (number := num_gpus(Namespace(config))) > 1:
+            config["strategy"] = fitting_strategy(self.model, self.datamodule, number)
         if isinstance(config["strategy"], str):
             config["strategy"] = strategy_named(config["strategy"])
         return super()._instantiate_trainer(config, [*essential, *callbacks])
@@ -211,18 +215,22 @@ class QLoRACLI(LightningCLI):
                 file=sys.stderr,
             )
         is_fit, folder = subcommand == "fit", self.resolved.folder
+        watch_other_ranks(self.trainer, self.config[subcommand].run.timeout_seconds)
         try:
-            with ending_on_sigterm(self.trainer):
+            with leaving_on_signals(self.trainer):
                 super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
-        except SystemExit as end:
-            is_child = self._start.launch.is_child
-            stopped = None if is_child else stopped_by_signal(end, folder, is_fit)
+        except (SystemExit, Exception) as end:
+            stopped = stopped_by_signal(end, request_of(self.trainer), folder, is_fit)
+            if stopped is None and (lost := lost_rank(end, self.trainer)) is not None:
+                raise lost from end
             if stopped is None:
                 raise
-            if is_fit and asks_for_requeue(getattr(stopped, "number", None)):
+            if is_fit and asks_for_requeue(stopped.number):
                 self._start.ranks.before_any_leaves(requeue)
+            if not self._start.launch.is_first:  # one sentence is enough
+                raise SystemExit(stopped.exit_code) from end
             raise stopped from end
         if self.trainer.is_global_zero:
             print(result_line(self.trainer, subcommand, folder))

@@ -126,7 +126,7 @@ LAYERS: dict[str, set[str]] = {
     "key_reference": {"cli", "data"},
     "data": {"data", "errors", "batch", "files"},
     "modeling": {"modeling", "errors", "batch", "files"},
-    "strategies": {"strategies", "errors"},
+    "strategies": {"strategies", "modeling", "errors"},
     "training": {"training", "modeling", "data", "errors", "batch", "files"},
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
 }

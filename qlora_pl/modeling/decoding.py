@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,7 @@ def generate_answers(
     attention_mask: Tensor,
     stop_ids: Collection[int],
     config: DecodingConfig,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Answer left-padded prompts; modes and random states are as before afterwards.
 
@@ -107,6 +108,7 @@ def generate_answers(
         attention_mask: ``(B, T)``.
         stop_ids: Tokens that end an answer; they are not part of the returned text.
         config: How to draw.
+        should_stop: Asked after each token whether to leave the answers as they are.
     """
     from transformers import GenerationConfig  # slow to import
 
@@ -121,7 +123,12 @@ def generate_answers(
     )
     with evaluation_mode(model), _without_own_settings(model), torch.no_grad():
         output = model.generate(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=generation
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=generation,
+            stopping_criteria=[
+                lambda ids, _: torch.full((len(ids),), should_stop(), device=ids.device)
+            ],
         )
     answers = output[:, num_given:].tolist()
     return [tokenizer.decode(_until_stop(ids, stop_ids)).strip() for ids in answers]

@@ -313,10 +313,7 @@ class QLoRAModule(LightningModule):
         if self._resumed is not None:
             self._name_to_index(self._resumed, optimizer)
         schedule = build_schedule(self.schedule_config, optimizer, self._num_training_steps())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _num_training_steps(self) -> float:
         trainer = self.trainer
@@ -337,6 +334,10 @@ class QLoRAModule(LightningModule):
         """
         prefix = kwargs.get("prefix", "")
         return {f"{prefix}{name}": whole(p.detach()) for name, p in self.trained_tensors().items()}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The trained tensors in full shape, copied to the CPU; every rank calls it at a save."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.state_dict().items()}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
