@@ -73,11 +73,17 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         """Load tensors and primitives onto the CPU.
 
         Raises:
-            CheckpointError: if the file is not what was written.
+            CheckpointError: if the file is not what was written, or holds code.
         """
         if damage(Path(path), anew=True) is not None:
             raise CheckpointError(f"'{path}' is damaged or has no digest; use another checkpoint.")
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # UnpicklingError, RuntimeError: whoever wrote its digest too
+            raise CheckpointError(
+                f"'{path}' holds more than tensors and plain values, which is not run here, or is "
+                "no checkpoint at all; use one that qlora_pl wrote."
+            ) from error
         return loaded
 
 
@@ -168,6 +174,8 @@ class AdapterCheckpoint(Checkpoint):
             restore_random_states(states[min(trainer.global_rank, len(states) - 1)])
             take_up_schedules(trainer)
             self.last_checkpoint = Path(str(trainer.ckpt_path))
+            # A validation before the next step ends is this step's.
+            self._boundary = Boundary(**self._loaded["boundary"], is_epoch_end=False)
             self._loaded = None
             self._discard(trainer)
         self._last_step = trainer.global_step
