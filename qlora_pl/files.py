@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -89,12 +88,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise TrainingStoppedError(f"'{folder}' exists already and is never overwritten.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder.parent))
+        temporary = temporary_folder(folder.parent)
     except OSError as error:
         raise TrainingStoppedError(_why_not_written(folder, error)) from error
     try:
-        temporary.chmod(0o755)  # mkdtemp makes folders that only their owner may read
         yield temporary
         paths = list(temporary.rglob("*"))
         for path in paths:
@@ -108,6 +105,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise TrainingStoppedError(_why_not_written(folder, error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_folder(parent: Path) -> Path:
+    """Make a folder for something that is not whole yet, readable by whom the umask says.
+
+    ``tempfile.mkdtemp`` makes one for its owner alone, whose rights would have to be widened later.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    folder = parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
+    return folder
 
 
 def remove_leftovers(folder: Path) -> None:

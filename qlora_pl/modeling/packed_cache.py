@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +17,13 @@ import torch
 from torch import nn
 
 from qlora_pl.errors import TrainingStoppedError
-from qlora_pl.files import TEMPORARY_PREFIX, cache_root, sha256_file, write_json
+from qlora_pl.files import (
+    TEMPORARY_PREFIX,
+    cache_root,
+    sha256_file,
+    temporary_folder,
+    write_json,
+)
 from qlora_pl.modeling.identity import BaseIdentity
 from qlora_pl.modeling.quantization import BLOCK_SIZE, QuantizationConfig
 
@@ -94,11 +99,10 @@ def write_packed(model: nn.Module, folder: Path) -> None:
         if shutil.disk_usage(root).free < needed:
             logger.warning("No room in '%s' to keep the packed weights; going on without.", root)
             return
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=root))
+        temporary = temporary_folder(root)
         model.save_pretrained(temporary, is_main_process=True)  # type: ignore[operator]
         digests = {p.name: sha256_file(p) for p in sorted(temporary.iterdir())}
         write_json(temporary / "packed.json", {"format": CACHE_FORMAT, "files": digests})
-        temporary.chmod(0o755)
         temporary.rename(folder)
     except (OSError, SafetensorError, TrainingStoppedError) as error:
         if not folder.exists():  # it does if another process was faster, which is as good
