@@ -33,6 +33,7 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
+from qlora_pl.redaction import secrets_in
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.strategies.fitting import fitting_strategy, num_gpus
 from qlora_pl.training.checkpoint import AdapterCheckpoint
@@ -309,7 +310,8 @@ def complete(run: Namespace) -> Namespace:
 
 def check_run(run: Namespace) -> list[str]:
     """Every problem of a parsed run that can be found without reading rows or weights."""
-    if problems := list(not_finite(run.as_dict())):
+    values = run.as_dict()
+    if problems := [*not_finite(values), *secrets_in(_plain(values))]:
         return problems
     model, samples = settings(run.model), settings(run.samples)
     groups: list[Callable[[], Any]] = [
@@ -346,6 +348,13 @@ def check_run(run: Namespace) -> list[str]:
 def settings(group: Namespace) -> dict[str, Any]:
     """The keys of a group, without what the parser notes besides (the file it came from)."""
     return {key: value for key, value in vars(group).items() if not key.startswith("__")}
+
+
+def _plain(value: Any) -> Any:
+    """Values as run.yaml will have them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.plain() if isinstance(value, RowSources) else value
 
 
 def _check_base(name: str) -> None:
