@@ -189,7 +189,7 @@ def test_a_checkpoint_loads_with_weights_only_and_holds_nothing_of_the_base(
     [
         ({"lora": {"alpha": 8.0}}, "model.lora.alpha=16.0, this run has 8.0"),
         ({"optimizer": {"weight_decay": 0.1}}, "model.optimizer.weight_decay=0.0"),
-        ({"batch_size": 4}, "rows of an optimizer step: it had 2, this run has 4"),
+        ({"batch_size": 4}, r"data.global_batch_size\): it had 2, this run has 4"),
         ({"gradient_clip_val": 1.0}, "trainer.gradient_clip_val=0.3, this run has 1.0"),
         ({"gradient_clip_algorithm": "value"}, "trainer.gradient_clip_algorithm=norm"),
     ],
