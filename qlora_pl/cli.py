@@ -21,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from qlora_pl.data.batches.global_batch import settle_accumulation
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError
@@ -32,6 +33,7 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
+from qlora_pl.redaction import secrets_in
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.strategies.fitting import fitting_strategy, num_gpus
 from qlora_pl.training.checkpoint import AdapterCheckpoint
@@ -51,7 +53,7 @@ from qlora_pl.training.stopping import (
     request_of,
     stopped_by_signal,
 )
-from qlora_pl.training.trainer_settings import check_seed, check_trainer
+from qlora_pl.training.trainer_settings import RunTrainer, check_seed, check_trainer
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(
@@ -64,10 +66,11 @@ register_type(
 logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 3
+DEFAULT_ACCUMULATION = 4  # with batch_size 4 the paper's 16 rows a step
 TRAINER_DEFAULTS = {
     "precision": "32-true",  # types are set when the base is loaded, and by nothing else
     "gradient_clip_val": 0.3,  # the paper's (table 9)
-    "accumulate_grad_batches": 4,  # with batch_size 4 the paper's 16 rows a step
+    "accumulate_grad_batches": None,  # what data.global_batch_size leaves, or the default above
     "num_sanity_val_steps": -1,  # the whole validation split before training: the "before" figure
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # the module's own counts logical weights
@@ -102,6 +105,7 @@ class QLoRACLI(LightningCLI):
                 seed_everything_default=0,
                 auto_configure_optimizers=False,  # the optimizer is built after the model is loaded
                 save_config_callback=RunRecord,
+                trainer_class=RunTrainer,
                 trainer_defaults=TRAINER_DEFAULTS,
                 parser_class=QLoRAParser,
                 parser_kwargs={"prog": "qlora-pl"},
@@ -190,9 +194,12 @@ class QLoRACLI(LightningCLI):
         if chosen is None or chosen is True:
             kwargs["logger"] = run_logger(self.resolved) if self.subcommand == "fit" else False
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
+        if self.subcommand == "fit":  # before rows are read and processes started
+            settle_accumulation(self.datamodule, trainer)
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         essential: list[Any] = [RunMetrics(), StepLayout()]
@@ -296,12 +303,15 @@ def complete(run: Namespace) -> Namespace:
     trainer = run.trainer
     if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
         trainer.max_epochs = DEFAULT_EPOCHS
+    if trainer.accumulate_grad_batches is None and run.data.global_batch_size is None:
+        trainer.accumulate_grad_batches = DEFAULT_ACCUMULATION
     return run
 
 
 def check_run(run: Namespace) -> list[str]:
     """Every problem of a parsed run that can be found without reading rows or weights."""
-    if problems := list(not_finite(run.as_dict())):
+    values = run.as_dict()
+    if problems := [*not_finite(values), *secrets_in(_plain(values))]:
         return problems
     model, samples = settings(run.model), settings(run.samples)
     groups: list[Callable[[], Any]] = [
@@ -338,6 +348,13 @@ def check_run(run: Namespace) -> list[str]:
 def settings(group: Namespace) -> dict[str, Any]:
     """The keys of a group, without what the parser notes besides (the file it came from)."""
     return {key: value for key, value in vars(group).items() if not key.startswith("__")}
+
+
+def _plain(value: Any) -> Any:
+    """Values as run.yaml will have them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.plain() if isinstance(value, RowSources) else value
 
 
 def _check_base(name: str) -> None:

@@ -22,6 +22,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether devices hold parts of a model, and have to go through it together."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every device; of a sharded one all devices have to ask together."""
     if not is_sharded(tensor):
@@ -103,7 +108,8 @@ def shard(module: nn.Module, mesh: Any, offload: bool) -> None:
 
     is_cuda = mesh.device_type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=is_cuda) if offload else OffloadPolicy()
-    fully_shard(module, mesh=mesh, offload_policy=policy)
+    # Said of the root too: left whole after a validation, it would be saved by other objects.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     for inner in module.modules():
         state = getattr(inner, "quant_state", None)
         weight = inner._parameters.get("weight")

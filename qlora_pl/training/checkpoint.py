@@ -40,7 +40,9 @@ from qlora_pl.training.checkpoint_writer import CheckpointWriter, host_copy
 from qlora_pl.training.monitoring import validate_now
 from qlora_pl.training.random_state import restore_random_states
 from qlora_pl.training.resuming import (
+    carry_over,
     clipping,
+    random_states_of,
     refuse_other_clipping,
     refuse_unknown_metric,
     take_up_schedules,
@@ -135,8 +137,7 @@ class AdapterCheckpoint(Checkpoint):
         if self._loaded is None:
             return
         loaded, self._loaded = self._loaded, None
-        states = loaded["random_states"]
-        restore_random_states(states[min(trainer.global_rank, len(states) - 1)])
+        restore_random_states(random_states_of(loaded["random_states"], trainer))
         take_up_schedules(trainer)
         self.last_checkpoint = Path(str(trainer.ckpt_path))
         if loaded["boundary"].get("is_validation_due"):
@@ -308,9 +309,8 @@ class AdapterCheckpoint(Checkpoint):
         path = self._being_written = checkpoint_path(self.folder, boundary.step)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         kept = self._keep(module)
-        if module.product == "adapter":
-            trained = module.trained_state()
-            checkpoint = host_copy(checkpoint | {"state_dict": None}) | {"state_dict": trained}
+        if module.product == "adapter":  # of a whole model there may be no room for a copy
+            checkpoint = host_copy(checkpoint)
         if trainer.is_global_zero:
             with self._noting_failure():
                 for log in trainer.loggers:  # what is logged up to here must survive a kill
@@ -386,7 +386,8 @@ class AdapterCheckpoint(Checkpoint):
         boundary = checkpoint["boundary"]
         data = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "resume_from") and checkpoint["data"] is not None:
-            data.resume_from(checkpoint["data"], boundary["epoch"], boundary["position"])
+            at = data.resume_from(checkpoint["data"], boundary["epoch"], boundary["position"])
+            carry_over(checkpoint, at, trainer)
         self.scores = dict(checkpoint["scores"])
         self.saved_steps = list(checkpoint["saved_steps"])
         self._loaded = checkpoint

@@ -21,12 +21,10 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
-from torch.distributed import DistError
 
 from qlora_pl.errors import TrainingStoppedError
+from qlora_pl.training.ranks import lost_connection
 
-SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out")
-"""What errors of an exchange say that has lost a partner; most are plain RuntimeErrors."""
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0
 """How long the first process has to find out by itself that another has ended."""
@@ -109,7 +107,7 @@ def lost_rank(error: BaseException, trainer: Any) -> TrainingStoppedError | None
     """
     if trainer.world_size == 1 or not isinstance(error, RuntimeError):
         return None
-    if not isinstance(error, DistError) and not any(sign in str(error) for sign in SIGNS):
+    if (lost := lost_connection(error)) is None:
         return None
     launcher, sentence = trainer.strategy.launcher, None
     if isinstance(launcher, WatchfulLauncher):
@@ -117,8 +115,4 @@ def lost_rank(error: BaseException, trainer: Any) -> TrainingStoppedError | None
         while (sentence := launcher.lost()) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         launcher.kill(signal.SIGKILL)
-    return TrainingStoppedError(
-        sentence
-        or f"Process {trainer.global_rank} gave up: another process of this run ended, or did not "
-        "answer within run.timeout_seconds; continue with --ckpt_path last."
-    )
+    return lost if sentence is None else TrainingStoppedError(sentence)

@@ -19,6 +19,7 @@ from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import append_synced, write_atomic
 from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
+from qlora_pl.modeling.sharding import is_shared
 from qlora_pl.training.stopping import request_of
 
 
@@ -78,7 +79,8 @@ class SampleWriter(Callback):
 
     def _ask(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or data is None:
+        model = cast(nn.Module, pl_module.model)
+        if data is None or not (trainer.is_global_zero or is_shared(model)):
             return
         conversations, request = self._conversations(data), request_of(trainer)
         if not conversations:
@@ -88,7 +90,7 @@ class SampleWriter(Callback):
             prompts, [""] * len(prompts), np.arange(len(prompts)), data.tokenizer.pad_token_id
         )
         answers = generate_answers(
-            cast(nn.Module, pl_module.model),
+            model,
             data.tokenizer,
             batch["input_ids"].to(pl_module.device),
             batch["attention_mask"].to(pl_module.device),
@@ -99,7 +101,8 @@ class SampleWriter(Callback):
         if request.number is not None:  # a resumed run asks again
             return
         self._asked_at = trainer.global_step
-        self._write(trainer, [c.messages[-1].content for c in conversations], answers)
+        if trainer.is_global_zero:
+            self._write(trainer, [c.messages[-1].content for c in conversations], answers)
 
     def _conversations(self, data: Any) -> list[Conversation]:
         if self.prompts is not None:
