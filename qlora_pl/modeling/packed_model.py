@@ -53,14 +53,14 @@ class NamedTensors:
         return name in self._files
 
     def read(self, name: str, device: torch.device) -> Tensor:
-        """One tensor, copied out of the file's pages onto a device."""
+        """One tensor on a device; on a CPU it stays in the file's pages, which processes share."""
         from safetensors import safe_open
 
         path = self._files[name]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt").__enter__()
         tensor: Tensor = self._open[path].get_tensor(name)
-        return tensor.to(device, copy=True)
+        return tensor.to(device)
 
     def belonging_to(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """What a packed matrix is decoded with, by the last part of its name."""
