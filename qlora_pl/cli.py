@@ -40,6 +40,7 @@ from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
 from qlora_pl.training.ranks import Ranks, hush, lost_connection
+from qlora_pl.training.rehearsal import Rehearsal
 from qlora_pl.training.run_folder import (
     FOLDER_VARIABLE,
     Resolved,
@@ -246,7 +247,7 @@ class QLoRACLI(LightningCLI):
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        essential: list[Any] = [RunMetrics(), StepLayout()]
+        essential: list[Any] = [RunMetrics(), StepLayout(), Rehearsal()]
         if self.subcommand == "predict":
             essential.append(PredictionWriter())
         chosen = config["callbacks"] or []

@@ -53,7 +53,6 @@ class Losses(Callback):
 def strategy_of(name: str) -> Any:
     """Imported here, so that a run on one process needs none of them."""
     from qlora_pl.strategies.ddp import AdapterDDP
-
     from qlora_pl.strategies.fsdp2 import FSDP2Strategy
 
     kinds = {
