@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +62,21 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise TrainingStoppedError(_why_not_written(path, error)) from error
 
 
+def append_synced(path: Path, text: str) -> None:
+    """Add lines to a file, flushed to disk; a kill may leave the last one cut short.
+
+    Raises:
+        TrainingStoppedError: if the disk is full or the file cannot be written to.
+    """
+    try:
+        with path.open("a", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise TrainingStoppedError(_why_not_written(path, error)) from error
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a mapping as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
@@ -89,12 +103,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise TrainingStoppedError(f"'{folder}' exists already and is never overwritten.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder.parent))
+        temporary = temporary_folder(folder.parent)
     except OSError as error:
         raise TrainingStoppedError(_why_not_written(folder, error)) from error
     try:
-        temporary.chmod(0o755)  # mkdtemp makes folders that only their owner may read
         yield temporary
         paths = list(temporary.rglob("*"))
         for path in paths:
@@ -108,6 +120,53 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise TrainingStoppedError(_why_not_written(folder, error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(source: Path, destination: Path) -> None:
+    """Give a finished folder a second name, in place of what had it; files are shared, not copied.
+
+    Raises:
+        TrainingStoppedError: if it cannot be written.
+    """
+    token = secrets.token_hex(4)
+    new, old = (
+        destination.with_name(f"{TEMPORARY_PREFIX}{token}-{kind}-{destination.name}")
+        for kind in ("new", "old")
+    )
+    try:
+        shutil.copytree(source, new, copy_function=_link)
+        for folder in [path for path in new.rglob("*") if path.is_dir()] + [new]:
+            _sync_folder(folder)
+        if destination.exists():
+            destination.rename(old)
+        new.rename(destination)
+        _sync_folder(destination.parent)
+    except OSError as error:
+        raise TrainingStoppedError(_why_not_written(destination, error)) from error
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, destination)
+        _sync_file(Path(destination))
+
+
+def temporary_folder(parent: Path) -> Path:
+    """Make a folder for something that is not whole yet, readable by whom the umask says.
+
+    ``tempfile.mkdtemp`` makes one for its owner alone, whose rights would have to be widened later.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    folder = parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
+    return folder
 
 
 def remove_leftovers(folder: Path) -> None:

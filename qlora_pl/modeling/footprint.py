@@ -106,7 +106,7 @@ def _within(unit: str, stored: dict[str, float]) -> float:
 def _sides(skeleton: nn.Module, name: str) -> tuple[int, int]:
     """Inputs and outputs of a linear module."""
     module = skeleton.get_submodule(name)
-    rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return (rows, columns) if is_conv1d(module) else (columns, rows)
 
 

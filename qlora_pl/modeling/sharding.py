@@ -1,7 +1,8 @@
 """A model cut over devices along the first dimension of every parameter (torch's FSDP2).
 
-A unit is what is whole on a device at a time: one decoder layer, the embedding or the head. Packed 4-bit matrices are cut as the bytes they are; what they are
-decoded with (0.016 bytes a weight with double quantisation) stays whole beside each layer.
+A unit is what is whole on a device at a time: one decoder layer, the embedding or the head. Packed
+4-bit matrices are cut as the bytes they are; what they are decoded with (0.016 bytes a weight with
+double quantisation) stays whole beside each layer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ def is_sharded(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether devices hold parts of a model, and have to go through it together."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -102,7 +108,8 @@ def shard(module: nn.Module, mesh: Any, offload: bool) -> None:
 
     is_cuda = mesh.device_type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=is_cuda) if offload else OffloadPolicy()
-    fully_shard(module, mesh=mesh, offload_policy=policy)
+    # Said of the root too: left whole after a validation, it would be saved by other objects.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     for inner in module.modules():
         state = getattr(inner, "quant_state", None)
         weight = inner._parameters.get("weight")

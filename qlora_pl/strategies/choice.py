@@ -83,7 +83,8 @@ def choose_strategy(whole: float, shared: float, memory: float) -> tuple[str, st
     if whole <= usable:
         return "ddp", f"strategy: ddp, since the whole base trains in about {sizes} on each device."
     name = "fsdp2" if shared <= usable else "fsdp2_offload"
+    waits = "" if shared <= usable else ", so that parts wait in host memory"
     return name, (
         f"strategy: {name}, since the whole base would take about {sizes}; shared it takes about "
-        f"{shared / 2**30:.1f} on each device{', so parts wait in host memory' * (shared > usable)}."
+        f"{shared / 2**30:.1f} on each device{waits}."
     )

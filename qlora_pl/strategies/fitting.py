@@ -1,4 +1,4 @@
-"""``strategy: auto`` on several GPUs: a whole base on each where it fits, else one that they share."""
+"""``strategy: auto`` on several GPUs: a whole base on each where it fits, else a shared one."""
 
 from __future__ import annotations
 

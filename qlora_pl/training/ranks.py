@@ -26,12 +26,7 @@ from uuid import uuid4
 import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from qlora_pl.errors import (
-    ConfigurationError,
-    HardwareError,
-    QLoRAError,
-    TrainingStoppedError,
-)
+from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError, TrainingStoppedError
 from qlora_pl.training.launching import Launch, meeting_point
 
 MEETING_SECONDS = 1800.0
@@ -142,6 +137,20 @@ class Ranks:
         own = QLoRAError(f"Rank {self._launch.rank} on {socket.gethostname()}: {error}")
         own.exit_code = error.exit_code
         return own
+
+    def before_any_leaves(self, act: Callable[[], Any]) -> None:
+        """Have rank 0 do what ends the others, or what their end would keep it from doing."""
+        if self._launch.is_child:
+            return
+        ignore_sigterm()
+        if self._is_alone or self._session is None:
+            act()
+        elif self._launch.rank == 0:
+            act()
+            self._session.set("acted", "")
+        else:
+            with suppress(DistError):
+                self._session.wait(["acted"], timedelta(seconds=LEAVING_SECONDS))
 
     # -- words -----------------------------------------------------------------------------------
 
@@ -333,8 +342,8 @@ def lost_connection(error: BaseException) -> TrainingStoppedError | None:
     words = ("closed by peer", "reset by peer", "Timed out waiting", "Broken pipe")
     if isinstance(error, DistError) or any(word in str(error) for word in words):
         return TrainingStoppedError(
-            "The connection to another process of this run is gone; that one's own message says "
-            "why. Continue with --ckpt_path auto."
+            "Another process of this run is gone, or did not answer within run.timeout_seconds; "
+            "its own message says why. Continue with --ckpt_path last."
         )
     return None
 

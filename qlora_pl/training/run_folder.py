@@ -39,8 +39,15 @@ class RunConfig:
     """The experiment; None: the configuration file's name, else the base's."""
     root: str = "runs"
     """The folder of all experiments."""
+    timeout_seconds: float = 1800.0
+    """How long a process waits for the others of a run before it gives up. What one alone does
+    while the others wait must be done by then: reading rows, packing the base."""
 
     def __post_init__(self) -> None:
+        if self.timeout_seconds <= 0:
+            raise ConfigurationError(
+                f"run.timeout_seconds: must be above 0, got {self.timeout_seconds}."
+            )
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
             raise ConfigurationError(
                 f"run.name: '{self.name}' becomes a folder; use letters, digits, '.', '_' and '-'."
