@@ -41,6 +41,7 @@ from qlora_pl.training.lost_ranks import lost_rank, watch_other_ranks
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
+from qlora_pl.training.rehearsal import Rehearsal
 from qlora_pl.training.run_folder import Resolved, RunConfig
 from qlora_pl.training.run_record import RunRecord, flatten, run_logger
 from qlora_pl.training.run_start import RunStart
@@ -202,7 +203,7 @@ class QLoRACLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        essential: list[Any] = [RunMetrics(), StepLayout()]
+        essential: list[Any] = [RunMetrics(), StepLayout(), Rehearsal()]
         if self.subcommand == "predict":
             essential.append(PredictionWriter())
         chosen = config["callbacks"] or []
