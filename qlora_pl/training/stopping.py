@@ -31,7 +31,9 @@ def has_reached_its_end(trainer: Trainer) -> bool:
     epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
-    if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
+    # Lightning counts an epoch that a clock has cut short like any other.
+    is_cut_short = trainer.should_stop and not trainer.is_last_batch
+    if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs and not is_cut_short:
         return True
     return trainer.should_stop and not is_out_of_time(trainer)
 
