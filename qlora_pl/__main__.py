@@ -30,6 +30,19 @@ OTHER_COMMANDS = {
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
 
 
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ENODEV,
+)
+"""What a disk answers that is full, broken, read-only or gone."""
+
+
 def help_text() -> str:
     """What ``qlora-pl --help`` prints."""
     width = max(map(len, COMMANDS)) + 2
@@ -70,9 +83,9 @@ def main() -> int:
         fail("Stopped.")
         return 128 + signal.SIGINT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_ERRORS:
             raise
-        fail("The disk is full; free some space and resume with --ckpt_path last.")
+        fail(disk_failed(error))
         return 1
 
 
@@ -107,6 +120,17 @@ def run_prove_resume() -> int:
     from qlora_pl.proof.command import prove_resume
 
     return prove_resume(sys.argv[2:])
+
+
+def disk_failed(error: OSError) -> str:
+    """One sentence for a disk's error that nobody on the way has put into words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "The disk is full; free some space and resume with --ckpt_path last."
+    where = "A file" if error.filename is None else f"'{error.filename}'"
+    return (
+        f"{where} could not be read or written ({error.strerror}); what was saved before is "
+        "untouched: see to the disk and resume with --ckpt_path last."
+    )
 
 
 def quieten() -> None:

@@ -62,6 +62,21 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise TrainingStoppedError(_why_not_written(path, error)) from error
 
 
+def append_synced(path: Path, text: str) -> None:
+    """Add lines to a file, flushed to disk; a kill may leave the last one cut short.
+
+    Raises:
+        TrainingStoppedError: if the disk is full or the file cannot be written to.
+    """
+    try:
+        with path.open("a", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise TrainingStoppedError(_why_not_written(path, error)) from error
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a mapping as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
@@ -118,6 +133,40 @@ def temporary_folder(parent: Path) -> Path:
     folder = parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     folder.mkdir(parents=True)
     return folder
+
+
+def publish_folder(source: Path, destination: Path) -> None:
+    """Give a finished folder a second name, in place of what had it; files are shared, not copied.
+
+    Raises:
+        TrainingStoppedError: if it cannot be written.
+    """
+    token = secrets.token_hex(4)
+    new, old = (
+        destination.with_name(f"{TEMPORARY_PREFIX}{token}-{kind}-{destination.name}")
+        for kind in ("new", "old")
+    )
+    try:
+        shutil.copytree(source, new, copy_function=_link)
+        for folder in [path for path in new.rglob("*") if path.is_dir()] + [new]:
+            _sync_folder(folder)
+        if destination.exists():
+            destination.rename(old)
+        new.rename(destination)
+        _sync_folder(destination.parent)
+    except OSError as error:
+        raise TrainingStoppedError(_why_not_written(destination, error)) from error
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, destination)
+        _sync_file(Path(destination))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -23,6 +23,7 @@ from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.strategies.choice import strategy_named
 
 
 class Float64Module(QLoRAModule):
@@ -90,7 +91,7 @@ def run(settings: dict[str, Any]) -> tuple[QLoRAModule, Steps]:
         accumulate_grad_batches=settings["accumulation"],
         accelerator="cpu",
         devices=devices,
-        strategy="auto" if devices == 1 else "ddp",
+        strategy=strategy_named("auto" if devices == 1 else "ddp"),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

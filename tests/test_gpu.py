@@ -90,6 +90,65 @@ def test_paged_state_lies_in_managed_memory(tmp_path: Path, rows_file: Path) -> 
     assert any(getattr(state, "is_paged", False) for state in states)
 
 
+def test_paged_state_is_paged_again_in_a_resumed_run(tmp_path: Path, rows_file: Path) -> None:
+    """Through Lightning, which moves loaded state to the GPU before the first step."""
+    base = save_base(tmp_path / "base", hidden_size=1024, num_key_value_heads=4)
+    fit(tmp_path / "run", base, rows_file, steps=1, r=128)
+    trainer = fit(tmp_path / "run", base, rows_file, steps=2, r=128)
+    optimizer = trainer.optimizers[0]
+    held = getattr(optimizer, "optimizer", optimizer).state
+    large = [s for p, s in held.items() if p.numel() >= 1e5]
+    assert large
+    assert all(s[key].is_paged for s in large for key in ("state1", "state2"))
+    assert {s["step"] for s in held.values()} == {2}
+
+
+@pytest.mark.parametrize(
+    "name", ["paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit"]
+)
+def test_paged_state_goes_on_from_a_checkpoint_in_equal_bytes(name: str) -> None:
+    """Reference: steps that were never interrupted. 128 x 1,024 elements are paged, 512 are not."""
+    from lightning.fabric.utilities.optimizer import _optimizer_to_device
+
+    from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
+    from qlora_pl.modeling.optimizers import OptimizerConfig, build_optimizer
+
+    shapes = {"large": (128, 1024), "small": (512,)}
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def make() -> tuple[dict[str, torch.nn.Parameter], Any]:
+        named = {n: torch.nn.Parameter(torch.ones(s, device=device)) for n, s in shapes.items()}
+        return named, build_optimizer(OptimizerConfig(name=name, lr=1e-2), named.items())
+
+    def train(named: dict[str, torch.nn.Parameter], optimizer: Any, steps: range) -> None:
+        for step in steps:
+            draw = torch.Generator().manual_seed(step)
+            for parameter in named.values():
+                parameter.grad = torch.randn(parameter.shape, generator=draw).to(device)
+            optimizer.step()
+
+    expected, uninterrupted = make()
+    train(expected, uninterrupted, range(5))
+    begun, first = make()
+    train(begun, first, range(3))
+    saved = named_optimizer_state(first, begun.items())
+    assert not any(hasattr(s["state1"], "is_paged") for s in saved["state"].values())
+    named, resumed = make()
+    with torch.no_grad():
+        for key, parameter in named.items():
+            parameter.copy_(begun[key])
+    resumed.load_state_dict(optimizer_state_from_names(saved, resumed, named.items()))
+    _optimizer_to_device(resumed, device)  # as Lightning does after loading
+    train(named, resumed, range(3, 5))
+    assert resumed.state[named["large"]]["state1"].is_paged
+    assert resumed.state[named["small"]]["state1"].device == device
+    for key, parameter in named.items():
+        assert torch.equal(parameter, expected[key]), key
+        for part in ("state1", "state2"):
+            if part in (held := resumed.state[parameter]):
+                assert torch.equal(held[part], uninterrupted.state[expected[key]][part])
+
+
 def test_packed_weights_on_a_gpu_reload_bit_for_bit(tiny_base: Path) -> None:
     from qlora_pl.modeling.identity import identify_base
     from qlora_pl.modeling.loading import load_base

@@ -21,7 +21,6 @@ from qlora_pl.data.reading.sources import NO_ROWS, RowSources
 from qlora_pl.data.rows.preparation import EncodedSplit, prepare_split
 from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.files import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ def read_split(
         encoder,
         limits_of(settings),
         key,
-        cache_root(base.cache_dir) if settings.cache else None,
+        settings.reading.folder,
         settings.encoding_processes,
         settings.on_error,
     )

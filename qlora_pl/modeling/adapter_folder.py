@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_pl.errors import AdapterFolderError, TrainingStoppedError
 from qlora_pl.files import sha256_bytes, sha256_file, write_folder_atomic
 from qlora_pl.modeling.model_card import model_card
 from qlora_pl.modeling.own_files import lies_in
-from qlora_pl.modeling.parameters import adapter_tensors
 
 MANIFEST_FORMAT = 1
 WEIGHTS = "adapter_model.safetensors"
@@ -67,33 +66,29 @@ class AdapterManifest:
 
 def write_adapter_folder(
     folder: Path,
-    model: nn.Module,
-    tokenizer: Any,
+    tensors: Mapping[str, Tensor],
+    companions: Mapping[str, bytes],
     manifest: AdapterManifest,
     run_yaml: str,
     held_out: Mapping[str, np.ndarray] | None,
-) -> dict[str, Tensor]:
-    """Write a folder, whole or not at all.
+) -> None:
+    """Write a folder, whole or not at all; touches neither model nor tokenizer.
 
     Args:
         folder: Must not exist yet.
-        model: The PEFT model.
-        tokenizer: Saved beside it; None: none is.
+        tensors: From ``adapter_tensors``.
+        companions: From ``companion_files``.
         manifest: What it is; the digests are filled in here.
         run_yaml: The configuration that trained it.
         held_out: Arrays of encoded rows, or None.
-
-    Returns:
-        The tensors that were handed over, on the CPU, for comparison with what is read back.
 
     Raises:
         TrainingStoppedError: if it exists already, or a disk is full or not to be written to.
     """
     from safetensors.torch import save
 
-    tensors = adapter_tensors(model)
-    files: dict[str, bytes | str] = {WEIGHTS: save(tensors, metadata={"format": "pt"})}
-    files |= _small_files(model, tokenizer, manifest)
+    files: dict[str, bytes | str] = {WEIGHTS: save(dict(tensors), metadata={"format": "pt"})}
+    files |= companions
     files["run.yaml"] = run_yaml
     files["README.md"] = model_card(manifest)
     if held_out is not None:
@@ -104,11 +99,21 @@ def write_adapter_folder(
     }
     files["manifest.json"] = json.dumps(asdict(manifest) | {"files": digests}, indent=2) + "\n"
     write_folder_atomic(folder, files)
-    return tensors
 
 
-def _small_files(model: Any, tokenizer: Any, manifest: AdapterManifest) -> dict[str, bytes]:
-    """What PEFT and the tokenizer write by themselves, read back from a temporary folder."""
+def companion_files(model: Any, tokenizer: Any, manifest: AdapterManifest) -> dict[str, bytes]:
+    """What PEFT and the tokenizer write by themselves, read back from a temporary folder.
+
+    The same throughout a run.
+
+    Args:
+        model: The PEFT model.
+        tokenizer: Saved beside it; None: none is.
+        manifest: Names the base.
+
+    Raises:
+        TrainingStoppedError: if the temporary folder cannot be written to.
+    """
     peft_config = copy.copy(model.peft_config["default"])
     peft_config.base_model_name_or_path = manifest.base["name"]  # not the folder of packed weights
     peft_config.revision = manifest.base["revision"]

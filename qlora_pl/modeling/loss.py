@@ -105,6 +105,18 @@ def sum_losses(
     return LossSum(total, weight, losses.detach().sum(), row.new_tensor(len(row)))
 
 
+def trained_weight(batch: Mapping[str, Any]) -> Tensor:
+    """What the trained tokens of a batch count together, as a float64 scalar.
+
+    Args:
+        batch: See ``qlora_pl.batch.Batch`` and ``Seq2SeqBatch``.
+    """
+    first = 0 if "decoder_attention_mask" in batch else 1  # a causal row's first is no label
+    is_trained = batch["labels"][:, first:] != IGNORE_INDEX
+    weights = batch.get("loss_weights")
+    return (is_trained if weights is None else weights[:, first:] * is_trained).double().sum()
+
+
 def _row_of_tokens(batch: Mapping[str, Any]) -> Tensor:
     """``(B, T)`` a number for each row of the batch, the same for all of its tokens."""
     ids = batch["input_ids"]

@@ -60,6 +60,14 @@ def precision_plugin(
     return None
 
 
+def choose_precision(strategy: Any, compute_dtype: torch.dtype, weights: nn.Module) -> None:
+    """Give a strategy the plugin that a run needs; see ``precision_plugin``."""
+    # The strategy's device: the module is moved there only later.
+    plugin = precision_plugin(compute_dtype, weights, strategy.root_device)
+    if plugin is not None:
+        strategy.precision_plugin = plugin
+
+
 class SkippedSteps:
     """Counts steps that the loss scaler leaves out because a gradient overflowed."""
 

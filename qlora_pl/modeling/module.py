@@ -12,36 +12,36 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import SumMetric
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.errors import CheckpointError
 from qlora_pl.modeling.adapter_start import Start, find_start, start_adapters
-from qlora_pl.modeling.adapters import (
-    LoRAConfig,
-    attach_adapters,
-    refuse_unfit_ranks,
-    resolve_targets,
-)
-from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
+from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
+from qlora_pl.modeling.assembly import load_adapted, shards_parameters
+from qlora_pl.modeling.base_checksum import BaseWatch
+from qlora_pl.modeling.compatibility import describe_run, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
 from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
-from qlora_pl.modeling.full_training import refuse_packed_weights, train_all_weights
+from qlora_pl.modeling.full_training import refuse_packed_weights
+from qlora_pl.modeling.gradients import scale_gradients
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
-from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
+from qlora_pl.modeling.loading import LoadedBase, prepare_for_training
 from qlora_pl.modeling.loss import Normalization
-from qlora_pl.modeling.mixed_precision import SkippedSteps, precision_plugin
-from qlora_pl.modeling.optimizer_state import (
-    named_optimizer_state,
-    optimizer_state_from_names,
+from qlora_pl.modeling.micro_batches import MicroBatchRunner, OnOutOfMemory
+from qlora_pl.modeling.mixed_precision import SkippedSteps, choose_precision
+from qlora_pl.modeling.module_checkpoint import (
+    PIECES,
+    add_to_checkpoint,
+    key_by_index,
+    refuse_other_run,
 )
 from qlora_pl.modeling.optimizers import (
     OptimizerConfig,
@@ -55,19 +55,22 @@ from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.modeling.plan import AttentionKernel, build_skeleton
 from qlora_pl.modeling.prequantized import make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.sharded_loading import refuse_unshardable
+from qlora_pl.modeling.sharding import copy_into, is_sharded, unit_names, whole
+from qlora_pl.modeling.split_loss import SplitLoss
+from qlora_pl.modeling.state_precision import refuse_shard_count
 from qlora_pl.modeling.step import (
     MicroBatch,
     StepStatistics,
+    averaged_ranks,
     refuse_silent_adapters,
     stop_if_diverged,
     sum_over_step,
 )
 from qlora_pl.modeling.summary import summarize
-from qlora_pl.modeling.vocabulary import check_vocabulary, grow_vocabulary, rows_of
+from qlora_pl.modeling.vocabulary import check_vocabulary, rows_of
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_KEY = "qlora_pl"
 
 
 class QLoRAModule(LightningModule):
@@ -85,6 +88,9 @@ class QLoRAModule(LightningModule):
         decoding: How ``predict`` answers.
         normalize_loss_by: ``tokens``: every trained token of a step weighs the same. ``rows``:
             every row does. ``micro_batches``: the original's mean of means.
+        on_oom: What a batch comes to that does not fit into memory. ``split``: it is repeated in
+            halves with the same gradient, and all that follow are halved too. ``stop``: the run
+            ends.
         gradient_checkpointing: Recompute activations in the backward pass: a third more
             arithmetic, and memory for one layer instead of all.
         attn_implementation: transformers' attention kernel; auto: sdpa, or eager for families
@@ -104,6 +110,7 @@ class QLoRAModule(LightningModule):
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         decoding: DecodingConfig = DecodingConfig(),  # noqa: B008
         normalize_loss_by: Normalization = "tokens",
+        on_oom: OnOutOfMemory = "split",
         gradient_checkpointing: bool = True,
         attn_implementation: AttentionKernel = "auto",
         trust_remote_code: bool = False,
@@ -130,13 +137,13 @@ class QLoRAModule(LightningModule):
         self.identity: BaseIdentity | None = None
         self.last_step: StepStatistics | None = None
         self.last_evaluation: dict[str, float] = {}
+        self.runner = MicroBatchRunner(on_oom)
         self._micro_batches: list[MicroBatch] = []
         self._skipped = SkippedSteps()
+        self.base_watch = BaseWatch()
         self._resumed: dict[str, Any] | None = None
         self.start: Start = None
-        self._val_nats, self._val_tokens = SumMetric(), SumMetric()
-        for metric in (self._val_nats, self._val_tokens):
-            metric.set_dtype(torch.float64)  # a float32 sum of many nats loses the small ones
+        self.split_loss = SplitLoss()
         self.strict_loading = True
 
     @property
@@ -157,6 +164,7 @@ class QLoRAModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check everything that the base's configuration can show, before weights are loaded."""
+        averaged_ranks(self.trainer)  # whether this strategy can be used at all
         if self.model is not None:
             return
         self.identity = identify_base(self.model_name_or_path, self.revision, self.cache_dir)
@@ -169,58 +177,37 @@ class QLoRAModule(LightningModule):
             targets = resolve_targets(skeleton, self.lora)
             refuse_unfit_ranks(skeleton, self.lora, targets)
             self.start = find_start(self.lora, self.identity, targets)
-        if self._tokenizer is not None:
-            check_vocabulary(self._tokenizer, skeleton, self.grow_vocabulary)
-            rows_of(skeleton, self._tokenizer, self.lora.trainable_tokens)
+        if self.tokenizer is not None:
+            check_vocabulary(self.tokenizer, skeleton, self.grow_vocabulary)
+            rows_of(skeleton, self.tokenizer, self.lora.trainable_tokens)
+        if shards_parameters(self.trainer):
+            refuse_unshardable(self.quantization, self.lora, self.grow_vocabulary)
+            refuse_shard_count(self.optimizer_config.name, self.trainer.world_size)
+            unit_names(skeleton)
         warn_of_high_rate(self.optimizer_config.lr, skeleton)
 
     @property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The data module's, if there is one."""
         return getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and attach adapters; a second call returns."""
         if self.model is not None:
-            self._choose_precision()  # another trainer may have another plugin
-            settle_packing(self, self.trainer)
+            self._prepare_for(self.trainer)  # which may be another
             return
-        assert self.identity is not None
-        self.base = load_base(
-            self.identity,
-            self.quantization,
-            self.plan,
-            device=self.trainer.strategy.root_device,
-            cache_dir=self.cache_dir,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-            is_first_rank=self.trainer.is_global_zero,
-            rest_dtype=None if self.lora.has_adapters else getattr(torch, self.lora.dtype),
-        )
-        grows = self.grow_vocabulary and self._tokenizer is not None
-        new_rows = grow_vocabulary(self.base.model, len(self._tokenizer)) if grows else {}
-        self.vocabulary_size = len(self._tokenizer) if new_rows else None
-        if self.lora.trainable_tokens:
-            chosen = rows_of(self.base.model, self._tokenizer, self.lora.trainable_tokens)
-            new_rows = {name: [*chosen[name], *new_rows.get(name, [])] for name in chosen}
-        if self.lora.has_adapters:
-            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-            self.model = attach_adapters(self.base.model, self.lora, seed, new_rows)
-        else:
-            self.model = train_all_weights(self.base.model, self.base.compute_dtype)
+        self.base, self.model, self.vocabulary_size = load_adapted(self)
+        self.base_watch.remember(self.model, self.trainer.strategy.root_device)
         prepare_for_training(self.model, self.gradient_checkpointing)
-        self._choose_precision()
-        settle_packing(self, self.trainer)
+        self._prepare_for(self.trainer)
         if self.trainer.is_global_zero:
             name = self.model_name_or_path
             logger.info("%s", summarize(name, self.model, self.base, self.quantization))
 
-    def _choose_precision(self) -> None:
-        strategy = self.trainer.strategy
+    def _prepare_for(self, trainer: Any) -> None:
         assert self.base is not None
-        # The strategy's device: the module is moved there only later.
-        plugin = precision_plugin(self.base.compute_dtype, self._adapted, strategy.root_device)
-        if plugin is not None:
-            strategy.precision_plugin = plugin
+        choose_precision(trainer.strategy, self.base.compute_dtype, self._adapted)
+        settle_packing(self, trainer)
 
     def on_fit_start(self) -> None:
         """Begin where ``model.lora`` says; earlier hooks cannot tell whether a run is resumed."""
@@ -232,47 +219,55 @@ class QLoRAModule(LightningModule):
         """Begin dropout where the seed says, whatever happened while loading and sampling."""
         if self.trainer.ckpt_path is None and "PL_GLOBAL_SEED" in os.environ:
             torch.manual_seed(int(os.environ["PL_GLOBAL_SEED"]))
+        self._check_base("before training")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """A strategy or a kernel that changes the base does so in the first step."""
+        if self.trainer.global_step == 1 and not self._micro_batches:
+            self._check_base("in step 1")
+
+    def _check_base(self, when: str) -> None:
+        self.base_watch.check(self._adapted, self.device, when)
 
     # -- steps -----------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of the batch's losses; ``on_before_optimizer_step`` divides by the step's weight.
+        """Make the batch's gradients; ``on_before_optimizer_step`` divides by the step's weight.
 
-        Lightning divides by the accumulation in any case, hence the factor.
+        Returns the sum of its losses; Lightning divides by the accumulation, hence the factor.
         """
-        loss = language_model_loss(self._adapted, batch, self.normalize_loss_by)
+        loss = self.runner.add_gradients(self, batch, len(self._micro_batches) + 1)
         self._micro_batches.append(MicroBatch.of(loss, batch))
         return loss.total * self.trainer.accumulate_grad_batches
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``training_step`` has done it, since a piece comes after another's backward."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing: a step's first micro-batch drops the gradients of the step before."""
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn gradients of sums into gradients of the step's mean; runs before clipping."""
-        sums = sum_over_step(self._micro_batches, self.trainer.world_size, self.device)
+        trainer, new_splits = self.trainer, self.runner.num_new_splits
+        sums = sum_over_step(self._micro_batches, trainer.world_size, self.device, new_splits)
         trained = self.trained_tensors()
         gradients = [p.grad for p in trained.values() if p.grad is not None]
-        # Strategies average gradients over devices; the sum is the average times their number.
-        torch._foreach_mul_(gradients, self.trainer.world_size / (sums.weight or 1.0))
+        scale_gradients(gradients, averaged_ranks(trainer) / (sums.weight or 1.0))
         self.last_step = StepStatistics.of(
-            sums,
-            row_ids=[row for batch in self._micro_batches for row in batch.row_ids.tolist()],
-            grad_norm=float(torch.nn.utils.get_total_norm(gradients)),
-            learning_rate=optimizer.param_groups[0]["lr"],
-            loss_scale=self._loss_scale(),
+            sums, self._micro_batches, gradients, optimizer, trainer.precision_plugin
         )
-        stop_if_diverged(self.last_step, self._micro_batches, self.trainer)
-        self._skipped.count(self.last_step.is_skipped, self.trainer.global_step + 1)
-        if self.trainer.global_step == 0 and not self.last_step.is_skipped:
+        stop_if_diverged(self.last_step, self._micro_batches, trainer)
+        self._skipped.count(self.last_step.is_skipped, trainer.global_step + 1)
+        if trainer.global_step == 0 and not self.last_step.is_skipped:
             refuse_silent_adapters(trained)
+        self.runner.agree(sums.new_splits, self)
         self._micro_batches.clear()
-
-    def _loss_scale(self) -> float | None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return None if scaler is None else scaler.get_scale()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch's token losses to the split's sum."""
-        loss = language_model_loss(self._adapted, batch)
-        self._val_nats.update(loss.token_sum)
-        self._val_tokens.update(loss.num_tokens)
+        run = partial(language_model_loss, self._adapted)
+        for loss in self.runner.evaluate(self, batch, run):
+            self.split_loss.update(loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As in validation."""
@@ -287,21 +282,21 @@ class QLoRAModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, split: str) -> None:
-        num_tokens = self._val_tokens.compute()
-        loss = self._val_nats.compute() / num_tokens.clamp(min=1)
-        values = {f"{split}/loss": loss.float(), f"{split}/perplexity": loss.exp().float()}
+        values = self.split_loss.finish(split)
+        self.runner.agree_on_evaluation(self.trainer)
         self.last_evaluation = {name: float(value) for name, value in values.items()}
         # Loggers get them from RunMetrics, by optimizer steps done; Lightning's step lags behind.
         self.log_dict(values, prog_bar=True, logger=False)
-        self._val_nats.reset()
-        self._val_tokens.reset()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers, one mapping a row: row, prompt, answer, reference."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        return answer_rows(
-            self._adapted, data.tokenizer, batch, data.encoder.stop_ids, self.decoding
-        )
+        stop_ids = data.encoder.stop_ids
+
+        def answer(piece: Any) -> list[dict[str, Any]]:
+            return answer_rows(self._adapted, data.tokenizer, piece, stop_ids, self.decoding)
+
+        return list(chain.from_iterable(self.runner.evaluate(self, batch, answer)))
 
     @property
     def _adapted(self) -> nn.Module:
@@ -315,12 +310,10 @@ class QLoRAModule(LightningModule):
         trained = self.trained_tensors()
         optimizer = build_optimizer(self.optimizer_config, list(trained.items()))
         if self._resumed is not None:
-            self._name_to_index(self._resumed, optimizer)
+            key_by_index(self, self._resumed, optimizer)
+            self._resumed = None
         schedule = build_schedule(self.schedule_config, optimizer, self._num_training_steps())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _num_training_steps(self) -> float:
         trainer = self.trainer
@@ -335,9 +328,15 @@ class QLoRAModule(LightningModule):
         return trainable_tensors(self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained tensors alone: the base is never saved, it is found by its fingerprint."""
+        """The trained tensors alone: the base is never saved, it is found by its fingerprint.
+
+        Sharded ones are made whole, for which every process has to ask.
+        """
         prefix = kwargs.get("prefix", "")
-        return {f"{prefix}{name}": p.detach() for name, p in self.trained_tensors().items()}
+        return {
+            f"{prefix}{name}": whole(p.detach()).cpu() if is_sharded(p) else p.detach()
+            for name, p in self.trained_tensors().items()
+        }
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -349,23 +348,21 @@ class QLoRAModule(LightningModule):
         """
         own = self.trained_tensors()
         refuse_other_tensors(own, state_dict)
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state_dict[name])
+        for name, parameter in own.items():
+            copy_into(parameter, state_dict[name])
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint of this module can be continued by, in plain types."""
         return describe_run(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what this run is, and key the optimizer's state by parameter name."""
-        checkpoint[CHECKPOINT_KEY] = self.describe()
-        if "optimizer_states" in checkpoint:
-            named = list(self.trained_tensors().items())
-            checkpoint["optimizer_states"] = [
-                named_optimizer_state(_unwrap(optimizer), named)
-                for optimizer in self.trainer.optimizers
-            ]
+        """Add what this run is, and key the optimizer's state by parameter name.
+
+        Raises:
+            TrainingStoppedError: if the frozen base has changed since it was loaded.
+        """
+        self._check_base(f"before step {self.trainer.global_step} was saved")
+        add_to_checkpoint(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what another base, adapter or optimizer wrote.
@@ -373,26 +370,9 @@ class QLoRAModule(LightningModule):
         Raises:
             CheckpointError: naming each difference with both values.
         """
-        if CHECKPOINT_KEY not in checkpoint:
-            raise CheckpointError("The checkpoint was not written by qlora_pl; it holds no record.")
-        is_training = self.trainer.state.fn == TrainerFn.FITTING
-        saved = checkpoint[CHECKPOINT_KEY]
-        if problems := list(differences(saved, self.describe(), is_training)):
-            raise CheckpointError(problems)
+        refuse_other_run(self, checkpoint)
+        self.runner.load_state_dict(checkpoint.get(PIECES, {}))
         if not self.trainer.optimizers:  # Lightning restores the model before it builds these
             self._resumed = checkpoint
         else:
-            self._name_to_index(checkpoint, _unwrap(self.trainer.optimizers[0]))
-
-    def _name_to_index(self, checkpoint: dict[str, Any], optimizer: Optimizer) -> None:
-        named = list(self.trained_tensors().items())
-        checkpoint["optimizer_states"] = [
-            optimizer_state_from_names(state, optimizer, named)
-            for state in checkpoint["optimizer_states"]
-        ]
-        self._resumed = None
-
-
-def _unwrap(optimizer: Any) -> Optimizer:
-    inner: Optimizer = getattr(optimizer, "_optimizer", optimizer)
-    return inner
+            key_by_index(self, checkpoint, self.trainer.optimizers[0])

@@ -15,10 +15,18 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_pl.errors import ConfigurationError
+from qlora_pl.modeling.bitsandbytes_state import settled
+from qlora_pl.modeling.sharded_optimizer import ShardedOptimizer, local_shard
+from qlora_pl.modeling.state_precision import (
+    report_float32_state,
+    shard_rows,
+    state_bytes_of_8bit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +207,8 @@ def build_optimizer(config: OptimizerConfig, named_parameters: NamedParameters) 
     """Build the optimizer over the trained parameters, which are on their device already.
 
     Over CPU parameters a paged optimizer becomes its ordinary sibling, which computes the same
-    numbers, and one log line says so.
+    numbers, and one log line says so. Over sharded ones (DTensors) torch's own optimizers work as
+    they are, and bitsandbytes' within a ``ShardedOptimizer``.
 
     Raises:
         ConfigurationError: if nothing is trained.
@@ -217,16 +226,24 @@ def build_optimizer(config: OptimizerConfig, named_parameters: NamedParameters) 
     import bitsandbytes  # slow to import
 
     class_name = _BITSANDBYTES_CLASSES[config.name]
-    if class_name.startswith("Paged") and any(p.device.type == "cpu" for p in parameters):
+    if class_name.startswith("Paged") and any(
+        local_shard(parameter).device.type == "cpu" for parameter in parameters
+    ):
         class_name = class_name.removeprefix("Paged")
         logger.warning(
             f"model.optimizer.name: {config.name} pages its state between GPU and host memory; "
             f"over parameters on the CPU it runs as {class_name}."
         )
+    if "8bit" in config.name:
+        report_float32_state(parameter.shape for parameter in parameters)
     eps = {"eps": config.eps} if "adamw" in config.name else {}
-    return getattr(bitsandbytes.optim, class_name)(
-        groups, lr=config.lr, betas=tuple(config.betas), **eps
-    )
+    settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), **eps}
+    library_class = getattr(bitsandbytes.optim, class_name)
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return ShardedOptimizer(
+            groups, lambda groups, shapes: settled(library_class, groups, shapes, **settings)
+        )
+    return settled(library_class, groups, **settings)
 
 
 def build_schedule(
@@ -308,27 +325,24 @@ def optimizer_state_bytes(
     config: OptimizerConfig,
     shapes: Iterable[Sequence[int]],
     parameter_dtype: torch.dtype = torch.float32,
+    num_shards: int = 1,
 ) -> int:
     """Count the bytes of optimizer state, paged or not, after every parameter took a step.
 
     Args:
         config: Which optimizer.
-        shapes: Shapes of the trained parameters.
+        shapes: Shapes of the trained parameters, whole.
         parameter_dtype: Theirs and their gradients'; only sgd's and adamw_torch's state follows it.
+        num_shards: Devices that share each parameter; the bytes are those of the fullest.
     """
-    sizes = [math.prod(shape) for shape in shapes]
+    shapes = list(shapes)
+    num_states = 2 if "adamw" in config.name else 1
+    if "8bit" in config.name:
+        return state_bytes_of_8bit(shapes, num_states, num_shards)
+    num_values = sum(math.prod((shard_rows(shape, num_shards), *shape[1:])) for shape in shapes)
     if config.name == "sgd":
-        return parameter_dtype.itemsize * sum(sizes) if config.momentum else 0
+        return parameter_dtype.itemsize * num_values if config.momentum else 0
     if config.name == "adamw_torch":
         # each parameter also counts its steps, in one float32
-        return 2 * parameter_dtype.itemsize * sum(sizes) + 4 * len(sizes)
-    num_states = 2 if "adamw" in config.name else 1
-    if "8bit" not in config.name:
-        return 4 * num_states * sum(sizes)
-    # bitsandbytes' Optimizer8bit: float32 below 4,096 elements, else a byte each and an absmax for
-    # each 256; the 256 float32 values that a byte can mean are shared by all parameters
-    large = [size for size in sizes if size >= 4096]
-    absmax_bytes = sum(4 * math.ceil(size / 256) for size in large)
-    codebook_bytes = 4 * 256 if large else 0
-    float_bytes = 4 * (sum(sizes) - sum(large))
-    return num_states * (float_bytes + sum(large) + absmax_bytes + codebook_bytes)
+        return 2 * parameter_dtype.itemsize * num_values + 4 * len(shapes)
+    return 4 * num_states * num_values

@@ -12,27 +12,34 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import (
     TEMPORARY_PREFIX,
     cache_root,
+    sha256_bytes,
     sha256_file,
     temporary_folder,
     write_json,
 )
 from qlora_pl.modeling.identity import BaseIdentity
+from qlora_pl.modeling.packed_model import NamedTensors, named_tensors
 from qlora_pl.modeling.quantization import BLOCK_SIZE, QuantizationConfig
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raised when packed weights written by an older version must not be read again."""
 ABANDONED_SECONDS = 24 * 3600
 """Age at which an unfinished copy is taken for what a killed process left behind."""
+RECORD = "packed.json"
+"""Says which files a copy has and which tensors they hold; written last."""
+FILE_BYTES = 2**30
+"""Size at which a copy's file is full; so much is collected in host memory at a time."""
 
 
 def packed_folder(
@@ -69,15 +76,18 @@ def verify_packed(folder: Path) -> bool:
     It is read in full at every start (35 GB for a 65B: some 20 seconds, and the pages are wanted
     next anyway): a bit that rots leaves a file's size and time as they were.
     """
-    record = folder / "packed.json"
+    record = folder / RECORD
     if not record.is_file():
         # Written whole, or spoilt since: see write_packed.
         shutil.rmtree(folder, ignore_errors=True)
         return False
     try:
-        files: dict[str, str] = json.loads(record.read_text())["files"]
-    except (ValueError, KeyError, TypeError):
-        files = {record.name: "unreadable"}
+        held = json.loads(record.read_text())
+        # The record itself must be what was written, or else it counts as a file that is not.
+        is_whole = held.pop("digest") == _digest(held)
+        files: dict[str, str] = held["files"] if is_whole else {RECORD: "altered"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        files = {RECORD: "unreadable"}
     for name, digest in files.items():
         path = folder / name
         if not path.is_file() or sha256_file(path) != digest:
@@ -100,9 +110,10 @@ def write_packed(model: nn.Module, folder: Path) -> None:
             logger.warning("No room in '%s' to keep the packed weights; going on without.", root)
             return
         temporary = temporary_folder(root)
-        model.save_pretrained(temporary, is_main_process=True)  # type: ignore[operator]
+        held = _write_tensors(model, temporary)
         digests = {p.name: sha256_file(p) for p in sorted(temporary.iterdir())}
-        write_json(temporary / "packed.json", {"format": CACHE_FORMAT, "files": digests})
+        record = {"format": CACHE_FORMAT, "files": digests, "tensors": held}
+        write_json(temporary / RECORD, record | {"digest": _digest(record)})
         temporary.rename(folder)
     except (OSError, SafetensorError, TrainingStoppedError) as error:
         if not folder.exists():  # it does if another process was faster, which is as good
@@ -110,6 +121,43 @@ def write_packed(model: nn.Module, folder: Path) -> None:
     finally:
         if "temporary" in locals():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return sha256_bytes(json.dumps(record, sort_keys=True).encode())
+
+
+def _write_tensors(model: nn.Module, folder: Path) -> dict[str, str]:
+    """Write a model's tensors into files of about ``FILE_BYTES``; names -> files."""
+    from safetensors.torch import save_file
+
+    held: dict[str, str] = {}
+    waiting: dict[str, Tensor] = {}
+    num_bytes = num_files = 0
+
+    def write_waiting() -> None:
+        nonlocal num_bytes, num_files
+        num_files += 1
+        file = f"tensors-{num_files:05d}.safetensors"
+        save_file(waiting, folder / file)
+        held.update(dict.fromkeys(waiting, file))
+        waiting.clear()
+        num_bytes = 0
+
+    for name, tensor in named_tensors(model):
+        waiting[name] = tensor.detach().cpu().contiguous()
+        num_bytes += tensor.numel() * tensor.element_size()
+        if num_bytes >= FILE_BYTES:
+            write_waiting()
+    if waiting:
+        write_waiting()
+    return held
+
+
+def read_packed(folder: Path) -> NamedTensors:
+    """The tensors of a packed copy that has been verified."""
+    held: dict[str, str] = json.loads((folder / RECORD).read_text())["tensors"]
+    return NamedTensors({name: folder / file for name, file in held.items()})
 
 
 def _clear_leftovers(root: Path) -> None:

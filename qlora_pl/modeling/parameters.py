@@ -6,6 +6,7 @@ A packed 4-bit matrix counts as the weights it stands for, not as its bytes.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +74,22 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter as PEFT names and saves it, copied to the CPU."""
+def adapter_tensors(
+    model: nn.Module, trained: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The adapter as PEFT names and saves it, on the CPU.
+
+    Args:
+        model: The PEFT model.
+        trained: Its trained tensors by the model's names, to take in place of the model's own,
+            which are copied.
+    """
     import peft  # slow to import
 
     # Left to itself PEFT looks the base's folder or Hub page up, in case its vocabulary has grown.
-    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = peft.get_peft_model_state_dict(
+        model, None if trained is None else dict(trained), save_embedding_layers=False
+    )
+    if trained is not None:
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

@@ -22,9 +22,19 @@ METHODS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 
 @contextmanager
 def planned_replacement(
-    plan: QuantizationPlan, config: QuantizationConfig, compute_dtype: torch.dtype
+    plan: QuantizationPlan,
+    config: QuantizationConfig,
+    compute_dtype: torch.dtype,
+    quantize_on: torch.device | None = None,
 ) -> Iterator[None]:
-    """Within the block, ``from_pretrained`` quantises what the plan says, no more and no less."""
+    """Within the block, ``from_pretrained`` quantises what the plan says, no more and no less.
+
+    Args:
+        plan: From ``make_plan``.
+        config: How to quantise.
+        compute_dtype: Of the matrix products.
+        quantize_on: The device that quantises, where the model is to lie on another; None: its own.
+    """
     from transformers.quantizers import auto  # slow to import
 
     mapping = auto.AUTO_QUANTIZER_MAPPING
@@ -38,17 +48,32 @@ def planned_replacement(
             layer = _empty_layer(module, config, compute_dtype, self.pre_quantized)
             model.set_submodule(owner, layer)
 
+    methods: dict[str, Any] = {"_process_model_before_weight_loading": replace}
+    if quantize_on is not None and quantize_on.type != "cpu" and config.is_four_bits:
+        methods["get_quantize_ops"] = lambda self: _elsewhere(self, quantize_on)
     for method, quantizer in before.items():
-        planned = type(
-            f"Planned{quantizer.__name__}",
-            (quantizer,),
-            {"_process_model_before_weight_loading": replace},
-        )
-        mapping[method] = planned
+        mapping[method] = type(f"Planned{quantizer.__name__}", (quantizer,), methods)
     try:
         yield
     finally:
         mapping.update(before)
+
+
+def _elsewhere(quantizer: Any, device: torch.device) -> Any:
+    """The quantising step of transformers, taken on another device than the model's."""
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize  # slow to import
+
+    class QuantizeElsewhere(Bnb4bitQuantize):
+        def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+            moved = {name: _one(value).to(device) for name, value in input_dict.items()}
+            quantized = super().convert(moved, **arguments)
+            return {name: weight.to("cpu") for name, weight in quantized.items()}
+
+    return QuantizeElsewhere(quantizer)
+
+
+def _one(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
 
 
 def _empty_layer(

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from qlora_pl.batch import FILLER_ROW
-from qlora_pl.errors import TrainingStoppedError
+from qlora_pl.errors import ConfigurationError, TrainingStoppedError
+from qlora_pl.modeling.gradients import total_norm
 from qlora_pl.modeling.loss import LossSum
 
 
@@ -31,6 +33,8 @@ class StepSums(NamedTuple):
     padded_tokens: float
     token_pairs: float
     rows: float
+    new_splits: float
+    """Micro-batches that did not fit into memory and were split anew."""
 
 
 class MicroBatch(NamedTuple):
@@ -61,7 +65,7 @@ class MicroBatch(NamedTuple):
         return cls(detached, lengths.sum(dim=0), pairs, batch["row_ids"], num_padded)
 
     def sums(self) -> Tensor:
-        """The parts of ``StepSums``, float64, on the device: nothing waits until the step ends."""
+        """``StepSums`` but its last, float64, on the device: nothing waits until the step ends."""
         lengths = self.lengths.double()
         parts = (
             self.loss.weight,
@@ -103,23 +107,32 @@ class StepStatistics:
     def of(
         cls,
         sums: StepSums,
-        row_ids: Sequence[int],
-        grad_norm: float,
-        learning_rate: float,
-        loss_scale: float | None = None,
+        micro_batches: Sequence[MicroBatch],
+        gradients: Sequence[Tensor],
+        optimizer: Optimizer,
+        precision: Any,
     ) -> StepStatistics:
-        """From a step's sums."""
+        """What a step is about to do.
+
+        Args:
+            sums: Of all devices.
+            micro_batches: Of this device.
+            gradients: Of the step's mean.
+            optimizer: What steps next.
+            precision: Lightning's plugin, which may have a loss scaler.
+        """
+        scaler = getattr(precision, "scaler", None)
         return cls(
             loss=sums.nats / max(sums.trained_tokens, 1.0),
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
+            grad_norm=total_norm(gradients),
+            learning_rate=optimizer.param_groups[0]["lr"],
             num_trained_tokens=int(sums.trained_tokens),
             num_tokens=int(sums.tokens),
             num_padded_tokens=int(sums.padded_tokens),
             num_token_pairs=int(sums.token_pairs),
             num_rows=int(sums.rows),
-            row_ids=tuple(row_ids),
-            loss_scale=loss_scale,
+            row_ids=tuple(row for batch in micro_batches for row in batch.row_ids.tolist()),
+            loss_scale=None if scaler is None else scaler.get_scale(),
         )
 
     @property
@@ -139,15 +152,36 @@ class StepStatistics:
 
 
 def sum_over_step(
-    micro_batches: Sequence[MicroBatch], world_size: int, device: torch.device
+    micro_batches: Sequence[MicroBatch],
+    world_size: int,
+    device: torch.device,
+    num_new_splits: int = 0,
 ) -> StepSums:
-    """Add up a step's micro-batches on all devices."""
+    """Add up a step's micro-batches, and how many of them were split anew, on all devices."""
     sums = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)
     for micro_batch in micro_batches:
-        sums += micro_batch.sums()
+        sums[:-1] += micro_batch.sums()
+    sums[-1] = num_new_splits
     if world_size > 1:
         torch.distributed.all_reduce(sums)
     return StepSums(*sums.tolist())
+
+
+def averaged_ranks(trainer: Any) -> int:
+    """Over how many ranks the strategy has averaged a step's gradients; 1 where it has summed them.
+
+    Raises:
+        ConfigurationError: if nobody knows: it is neither this project's, nor one process.
+    """
+    strategy = trainer.strategy
+    if trainer.world_size == 1 or getattr(strategy, "sums_gradients", False):
+        return 1
+    if getattr(strategy, "shards_parameters", False):
+        return int(trainer.world_size)
+    raise ConfigurationError(
+        f"trainer.strategy: a {type(strategy).__name__} wraps the model and adds gradients while "
+        "a micro-batch may still be repeated; use those of qlora_pl.strategies, ddp or fsdp2."
+    )
 
 
 def stop_if_diverged(

@@ -24,14 +24,24 @@ PROBE_TOKENS = 8
 """Length of the row that a loaded base is asked for."""
 
 
-def account_for(model: nn.Module, plan: QuantizationPlan, config: QuantizationConfig) -> None:
+def account_for(
+    model: nn.Module, plan: QuantizationPlan, config: QuantizationConfig, within: str = ""
+) -> None:
     """Hold what was loaded against the plan, matrix by matrix.
+
+    Args:
+        model: The base.
+        plan: From ``make_plan``.
+        config: What was asked for.
+        within: The module that was loaded, by name; all of them.
 
     Raises:
         ConfigurationError: naming the matrices that are not what was asked for.
     """
     wrong = []
     for name, shape in plan.quantized.items():
+        if within and not name.startswith(f"{within}."):
+            continue
         weight: Any = model.get_parameter(name)
         found, found_shape = _kind_of(weight)
         if found is None:
@@ -70,7 +80,10 @@ def _kind_of(weight: Any) -> tuple[tuple[str, ...] | None, torch.Size]:
 
 
 def refuse_broken_forward(
-    model: nn.Module, compute_dtype: torch.dtype, plan: QuantizationPlan
+    model: nn.Module,
+    compute_dtype: torch.dtype,
+    plan: QuantizationPlan,
+    device: torch.device | None = None,
 ) -> None:
     """One row through the loaded model: its logits are there and are numbers.
 
@@ -78,14 +91,19 @@ def refuse_broken_forward(
     that rescales weights between training and evaluation (RWKV) multiplies codes; a base whose
     activations leave float16's range gives infinities.
 
+    Args:
+        model: The base; of one that is cut over devices all processes ask together.
+        compute_dtype: Of the matrix products.
+        plan: From ``make_plan``.
+        device: Where it computes; None: where its weights are.
+
     Raises:
         ConfigurationError: with what to do.
     """
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    row = torch.arange(PROBE_TOKENS, device=embedding.device).remainder(embedding.shape[0])
-    autocast = torch.autocast(
-        embedding.device.type, compute_dtype, enabled=compute_dtype == torch.float16
-    )
+    device = embedding.device if device is None else device
+    row = torch.arange(PROBE_TOKENS, device=device).remainder(embedding.shape[0])
+    autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype == torch.float16)
     before = _versions(model, plan)
     complaints: list[str] = []
     try:

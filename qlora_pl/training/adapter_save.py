@@ -7,10 +7,8 @@ empty or half-gathered adapter is found at step 1, not after days.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from qlora_pl.files import sha256_file
 from qlora_pl.modeling.adapter_folder import (
     HELD_OUT_ROWS,
     AdapterManifest,
+    companion_files,
     read_adapter_folder,
     read_adapter_tensors,
     write_adapter_folder,
@@ -33,14 +32,24 @@ from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.encoder_decoder import auto_class_name, whole_inputs
 from qlora_pl.modeling.loading import bitsandbytes_config
 from qlora_pl.modeling.model_folder import read_tensor_digests, write_model_folder
+from qlora_pl.modeling.parameters import adapter_tensors
 from qlora_pl.training.run_folder import digest_path
 
 PROBE_TOKENS = 64
 VERSIONED = ("qlora-pl", "torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets")
 
 
+@dataclass(frozen=True)
+class ProductSave:
+    """A step's folder as two jobs for another thread; both raise ``QLoRAError``."""
+
+    write: Callable[[], None]
+    verify: Callable[[Path], None]
+    """Reads it back, and the checkpoint at this path."""
+
+
 class AdapterSaver:
-    """Writes and verifies; the reading happens in a thread of its own.
+    """Makes the save of a step's adapter folder, or model folder, ready to be written.
 
     Args:
         save_held_out: Whether encoded validation rows go into the folder.
@@ -48,94 +57,82 @@ class AdapterSaver:
 
     def __init__(self, save_held_out: bool) -> None:
         self.save_held_out = save_held_out
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify-save")
-        self._checks: dict[Path, Future[None]] = {}
-        self._newest: tuple[Path, dict[str, Any]] | None = None
-        self._is_proven = False
+        self._held_out: dict[str, np.ndarray] | None = None
+        self._companions: dict[str, bytes] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:  # strategies copy callbacks; threads do not copy
-        return {"save_held_out": self.save_held_out}
+    def prepare(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        trained: Mapping[str, Tensor],
+        folder: Path,
+        step: int,
+    ) -> ProductSave:
+        """Collect everything that the folder will hold.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["save_held_out"])  # type: ignore[misc]
+        An adapter's save holds copies alone. A whole model's reads the live weights, of which a
+        copy might not fit into the host's memory: it is written while training waits.
 
-    def write(self, trainer: Trainer, module: LightningModule, folder: Path, step: int) -> None:
-        """Write the adapter folder, or the model folder, of a step.
+        Args:
+            trainer: Of the run.
+            module: What is trained.
+            trained: Copies of its trained tensors by name; used for an adapter.
+            folder: To be written.
+            step: Optimizer steps done.
 
         Raises:
-            TrainingStoppedError: if an adapter is dead, or the folder cannot be written.
+            TrainingStoppedError: if an adapter is dead, or a temporary folder cannot be written to.
         """
-        model = module.model
-        assert isinstance(model, nn.Module)
+        model: Any = module.model
         data = getattr(trainer, "datamodule", None)
-        contents = (
-            data.tokenizer if data is not None else None,
-            make_manifest(module, data, step),
-            _run_yaml(folder.parents[1]),
-            held_out_rows(data) if self.save_held_out and data is not None else None,
-        )
+        tokenizer = data.tokenizer if data is not None else None
+        manifest, run_yaml = make_manifest(module, data, step), _run_yaml(folder.parents[1])
+        if self._held_out is None and self.save_held_out and data is not None:
+            self._held_out = held_out_rows(data)
         if module.product == "model":
-            self._newest = (folder, dict(write_model_folder(folder, model, *contents)))
-            return
-        tensors = write_adapter_folder(folder, model, *contents)
+            return _model_save(folder, model, tokenizer, manifest, run_yaml, self._held_out)
+        tensors = adapter_tensors(
+            model, {name.removeprefix("model."): tensor for name, tensor in trained.items()}
+        )
         if not module.is_untouched:
             refuse_dead_adapters(tensors, step)
-        self._newest = (folder, dict(tensors))
-
-    def verify(self, module: LightningModule, checkpoint: Path) -> None:
-        """Have what was written read back; at the first save wait for it, and compare logits.
-
-        Raises:
-            TrainingStoppedError: if the first save is not what was handed over.
-        """
-        assert self._newest is not None
-        folder, handed_over = self._newest
-        check: Any = verify_model_save if module.product == "model" else verify_save
-        self._checks[folder] = self._thread.submit(check, folder, handed_over, checkpoint)
-        if not self._is_proven:
-            self._prove(module)
-            self._is_proven = True
-
-    def raise_if_failed(self) -> None:
-        """Raise what a finished check found, without waiting for the others."""
-        for folder in [folder for folder, check in self._checks.items() if check.done()]:
-            self._checks.pop(folder).result()
-
-    def settle(self, folder: Path) -> None:
-        """Wait for the check of a folder that is about to be deleted."""
-        if folder in self._checks:
-            self._checks.pop(folder).result()
-
-    def finish(self, module: LightningModule) -> None:
-        """Wait for every check; the last save's tensors must give the trained model's logits."""
-        if self._newest is not None:
-            self._prove(module)
-
-    def _prove(self, module: LightningModule) -> None:
-        assert self._newest is not None
-        for folder in list(self._checks):
-            self.settle(folder)
-        folder, _ = self._newest
-        if module.product == "adapter":
-            compare_logits(module, read_adapter_tensors(folder), folder)
+        # Once: it is the same at each save, and megabytes of a tokenizer take a while to write.
+        companions = self._companions or companion_files(model, tokenizer, manifest)
+        self._companions, held_out = companions, self._held_out
+        return ProductSave(
+            lambda: write_adapter_folder(folder, tensors, companions, manifest, run_yaml, held_out),
+            lambda checkpoint: verify_save(folder, tensors, checkpoint),
+        )
 
     @staticmethod
-    def publish(source: Path, destination: Path) -> None:
-        """Give the finished adapter its name; its files are shared with the step's folder."""
-        new = destination.with_name(f".incomplete-{os.getpid()}-{destination.name}")
-        old = destination.with_name(f".incomplete-{os.getpid()}-old-{destination.name}")
-        shutil.copytree(source, new, copy_function=_link)
-        if destination.exists():
-            destination.rename(old)
-        new.rename(destination)
-        shutil.rmtree(old, ignore_errors=True)
+    def prove(trainer: Trainer, module: LightningModule, folder: Path) -> None:
+        """The tensors in a folder must give the logits of the model that was trained.
+
+        Where every rank holds a part of the model the forward would need all of them, and the other
+        ranks are elsewhere; there the comparison of bytes in ``verify_save`` is the proof.
+
+        Raises:
+            TrainingStoppedError: if they do not.
+        """
+        shards = getattr(trainer.strategy, "shards_parameters", False)
+        if module.product == "adapter" and not shards:
+            compare_logits(module, read_adapter_tensors(folder), folder)
 
 
-def _link(source: str, destination: str) -> None:
-    try:
-        os.link(source, destination)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, destination)
+def _model_save(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    manifest: AdapterManifest,
+    run_yaml: str,
+    held_out: Mapping[str, np.ndarray] | None,
+) -> ProductSave:
+    digests: dict[str, str] = {}
+
+    def write() -> None:
+        digests.update(write_model_folder(folder, model, tokenizer, manifest, run_yaml, held_out))
+
+    return ProductSave(write, lambda checkpoint: verify_model_save(folder, digests, checkpoint))
 
 
 def _run_yaml(run: Path) -> str:

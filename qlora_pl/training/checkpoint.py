@@ -1,90 +1,57 @@
 """``AdapterCheckpoint``: when a run is saved, what of it is kept, and how it continues.
 
-A save belongs to the boundary between two optimizer steps. It is written when the next batch
+A save belongs to the boundary between two optimizer steps. It is collected when the next batch
 begins, or the epoch or the training ends, so that a validation which is due at that step is part of
-it; and it holds Lightning's progress in one canonical form, from which every run goes on alike.
+it, and written in the background. A signal is answered at the end of a micro-batch, of training or
+validation, with the state of the last boundary.
 """
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.call import _call_callbacks_state_dict
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
 
-from qlora_pl.errors import CheckpointError, ConfigurationError
-from qlora_pl.files import remove_leftovers, serialize, sha256_bytes, write_atomic, write_json
+from qlora_pl.errors import CheckpointError, QLoRAError, TrainingStoppedError
+from qlora_pl.files import publish_folder
 from qlora_pl.training.adapter_save import AdapterSaver
-from qlora_pl.training.random_state import collect_random_states, restore_random_states
+from qlora_pl.training.agreement import FAILED, GO_ON, RankAgreement
+from qlora_pl.training.boundary import Boundary
+from qlora_pl.training.checkpoint_files import (
+    Kept,
+    Retention,
+    VerifiedCheckpointIO,
+    clear_leftovers,
+    refuse_other_run,
+    write_save,
+)
+from qlora_pl.training.checkpoint_writer import CheckpointWriter, host_copy
+from qlora_pl.training.monitoring import validate_now
+from qlora_pl.training.random_state import restore_random_states
 from qlora_pl.training.resuming import (
+    carry_over,
     clipping,
+    random_states_of,
     refuse_other_clipping,
     refuse_unknown_metric,
     take_up_schedules,
 )
-from qlora_pl.training.run_folder import (
-    checkpoint_path,
-    damage,
-    digest_path,
-    newest_verified,
-    product_path,
-    step_of,
-    verifies,
-)
-from qlora_pl.training.stopping import has_reached_its_end
+from qlora_pl.training.run_folder import checkpoint_path, product_path
+from qlora_pl.training.stopping import StopRequest, finish_or_train, has_reached_its_end
 from qlora_pl.training.trainer_settings import refuse_long_interval
 
-
-@dataclass(frozen=True)
-class Boundary:
-    """A point between two optimizer steps."""
-
-    step: int
-    """Optimizer steps done."""
-    epoch: int
-    position: int
-    """Micro-batches of the epoch that are done, on each device."""
-    is_epoch_end: bool
-
-
-class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, its SHA-256 beside it, and checks it on reading.
-
-    ``torch.load`` reads a file with a flipped bit without a word.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Serialise to memory, then write the digest, then the data that make it valid."""
-        target = Path(path)
-        data = serialize(checkpoint)
-        write_atomic(digest_path(target), f"{sha256_bytes(data)}  {target.name}\n")
-        write_atomic(target, data)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load tensors and primitives onto the CPU.
-
-        Raises:
-            CheckpointError: if the file is not what was written, or holds code.
-        """
-        if damage(Path(path), anew=True) is not None:
-            raise CheckpointError(f"'{path}' is damaged or has no digest; use another checkpoint.")
-        try:
-            loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # UnpicklingError, RuntimeError: whoever wrote its digest too
-            raise CheckpointError(
-                f"'{path}' holds more than tensors and plain values, which is not run here, or is "
-                "no checkpoint at all; use one that qlora_pl wrote."
-            ) from error
-        return loaded
+logger = logging.getLogger(__name__)
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -99,6 +66,7 @@ class AdapterCheckpoint(Checkpoint):
         mode: Whether less or more of it is better.
         save_held_out: Whether up to 64 encoded validation rows go into the adapter folder, for
             later commands to score with.
+        keep_every_n_steps: Steps that this divides are saved and never deleted; None: no such.
     """
 
     def __init__(
@@ -109,30 +77,28 @@ class AdapterCheckpoint(Checkpoint):
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
         save_held_out: bool = True,
+        keep_every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
-        problems = [
-            f"checkpoint.{name}: must be at least {least}, got {value}."
-            for name, value, least in (
-                ("every_n_steps", every_n_steps, 1),
-                ("keep_last", keep_last, 1),
-                ("keep_best", keep_best, 0),
-            )
-            if value < least
-        ]
-        if problems:
-            raise ConfigurationError(problems)
-        self.every_n_steps = every_n_steps
-        self.keep_last = keep_last
-        self.keep_best = keep_best
         self.monitor = monitor
-        self.mode = mode
+        self.retention = Retention(
+            every_n_steps=every_n_steps,
+            keep_last=keep_last,
+            keep_best=keep_best,
+            keep_every_n_steps=keep_every_n_steps,
+            mode=mode,
+        )
         self.scores: dict[int, float] = {}
         self.saved_steps: list[int] = []
+        """Of the saves that are kept, the one that is being written included."""
         self.last_checkpoint: Path | None = None
+        """The newest that is written and verified."""
+        self.stop_request = StopRequest()
         self._saver = AdapterSaver(save_held_out)
+        self._writer = CheckpointWriter()
         self._boundary: Boundary | None = None
-        self._is_due = False
+        self._is_in_window = self._is_stepping = self._is_due = self._is_proven = False
+        self._being_written: Path | None = None
         self._loaded: dict[str, Any] | None = None
 
     # -- hooks -----------------------------------------------------------------------------------
@@ -154,51 +120,73 @@ class AdapterCheckpoint(Checkpoint):
         Raises:
             ConfigurationError: if it holds a checkpoint that this run does not continue.
         """
-        newest = newest_verified(self.folder)
-        resumed = trainer.ckpt_path
-        if resumed is not None:
+        refuse_other_run(self.folder, trainer.ckpt_path)
+        if trainer.ckpt_path is not None:
             trainer.num_sanity_val_steps = 0  # the run was validated before it began
-        if newest is not None and (resumed is None or Path(resumed).resolve() != newest.resolve()):
-            raise ConfigurationError(
-                f"'{self.folder}' holds another run, which is never overwritten; resume it with "
-                f"--ckpt_path {newest}, or choose another folder."
-            )
+        timeout = getattr(trainer.strategy, "_timeout", None)
+        self._agreement = RankAgreement(trainer.world_size, timeout)
+        loop = trainer.fit_loop
+        loop.run = partial(finish_or_train, loop, loop.run)  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the random states of a resumed run, and clear away what a kill left behind."""
-        if trainer.is_global_zero:
-            for name in ("checkpoints", "adapters", "models"):
-                remove_leftovers(self.folder / name)
-        if self._loaded is not None:
-            states = self._loaded["random_states"]
-            restore_random_states(states[min(trainer.global_rank, len(states) - 1)])
-            take_up_schedules(trainer)
-            self.last_checkpoint = Path(str(trainer.ckpt_path))
-            # A validation before the next step ends is this step's.
-            self._boundary = Boundary(**self._loaded["boundary"], is_epoch_end=False)
-            self._loaded = None
-            self._discard(trainer)
+        self.stop_request.is_patient = True
         self._last_step = trainer.global_step
+        if trainer.is_global_zero:
+            clear_leftovers(self.folder)
+        if self._loaded is None:
+            return
+        loaded, self._loaded = self._loaded, None
+        restore_random_states(random_states_of(loaded["random_states"], trainer))
+        take_up_schedules(trainer)
+        self.last_checkpoint = Path(str(trainer.ckpt_path))
+        if loaded["boundary"].get("is_validation_due"):
+            validate_now(trainer)
+        kept = self._keep(pl_module)
+        if trainer.is_global_zero:
+            kept.write()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The step before is over, with its validation."""
+        if self._boundary is not None and not self._is_in_window:
+            self._boundary = self._boundary.at_next_window()
+        self._is_in_window = True
         self._save_if_due(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """From here to the end of the batch the parameters may be those of no step."""
+        self._is_stepping = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the boundary when an optimizer step has just ended."""
-        if trainer.global_step == self._last_step:
-            return
-        is_first = self._last_step == 0
-        self._last_step = trainer.global_step
-        is_epoch_end = batch_idx + 1 >= trainer.num_training_batches
-        self._boundary = Boundary(
-            trainer.global_step, trainer.current_epoch, batch_idx + 1, is_epoch_end
-        )
-        self._is_due = is_first or trainer.global_step % self.every_n_steps == 0
+        """Note the boundary when an optimizer step has just ended; leave if that was asked for."""
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._boundary = Boundary.after_batch(trainer, batch_idx)
+            self._is_due = self.retention.saves(trainer.global_step)
+            self._is_stepping = self._is_in_window = False
+        self._stop_if_agreed(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Until it has run it is due; one within a window is repeated with the window."""
+        boundary = self._boundary
+        if boundary is not None and not self._is_in_window:
+            self._boundary = replace(boundary, is_validation_due=True)
+        elif boundary is not None and boundary.callbacks is None:
+            states = copy.deepcopy(_call_callbacks_state_dict(trainer))
+            self._boundary = replace(boundary, callbacks=states)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Leave if that was asked for; a resumed run validates from the beginning."""
+        if self.stop_request.is_patient:
+            self._stop_if_agreed(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the score; a best one is due to be saved.
@@ -211,10 +199,13 @@ class AdapterCheckpoint(Checkpoint):
         score = trainer.callback_metrics.get(self.monitor)
         if score is None and trainer.sanity_checking:
             refuse_unknown_metric(self.monitor, trainer)
-        if score is None or self._boundary is None:
+        if self._boundary is not None and not self._is_in_window:
+            self._boundary = replace(self._boundary, is_validation_due=False)
+        step = trainer.global_step
+        if score is None or step == 0:
             return
-        self.scores[self._boundary.step] = float(score)
-        if self._boundary.step in self._best_steps():
+        self.scores[step] = float(score)
+        if step in self.retention.best(self.scores):
             self._is_due = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -223,100 +214,162 @@ class AdapterCheckpoint(Checkpoint):
             self._save_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step, wait for every check, and publish the finished adapter."""
-        if self._boundary is not None and self._boundary.step not in self.saved_steps:
-            self._is_due = True
-            self._save_if_due(trainer, pl_module)
+        """Save the last step, wait until it is written and proven, publish the finished adapter."""
+        if (word := self._agreement.agree(self._word())) != GO_ON:
+            self._leave(trainer, pl_module, word)
+        self._is_due = True
+        self._save_if_due(trainer, pl_module)
         if trainer.is_global_zero and self.saved_steps:
-            self._saver.finish(pl_module)
             newest = self._product_path(pl_module, self.saved_steps[-1])
-            self._saver.publish(newest, self.folder / str(pl_module.product))
+            with self._noting_failure():
+                self._writer.finish()
+                self._keep(pl_module).write()  # with the score of a validation made up for
+                self._saver.prove(trainer, pl_module, newest)
+                publish_folder(newest, self.folder / str(pl_module.product))
+        self._raise_if_any_failed()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Whatever ended the run, let what is being written be written."""
+        if self._is_broken_by_signal(trainer, exception):
+            with self._noting_failure():
+                self._save_boundary(trainer, pl_module)
+        self._writer.wait()
+        if self._writer.error is not None and self._writer.error is not exception:
+            logger.error("%s", self._writer.error)
+
+    # -- leaving ---------------------------------------------------------------------------------
+
+    def _word(self) -> int:
+        return FAILED if self._writer.error is not None else self.stop_request.number or GO_ON
+
+    def _is_broken_by_signal(self, trainer: Trainer, exception: BaseException) -> bool:
+        """Whether a signal to all processes ended a loader's, and with it the run.
+
+        Parameters and optimizer are those of the boundary then. With several ranks the others would
+        have to come here, too, and may not.
+        """
+        request = self.stop_request
+        if request.number is None or isinstance(exception, SIGTERMException | QLoRAError):
+            return False
+        return request.is_patient and not self._is_stepping and trainer.world_size == 1
+
+    def _stop_if_agreed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (word := self._agreement.exchange(self._word())) != GO_ON:
+            self._leave(trainer, pl_module, word)
+
+    def _leave(self, trainer: Trainer, pl_module: LightningModule, word: int) -> NoReturn:
+        """Save the last boundary and end the run, on all ranks.
+
+        Raises:
+            SIGTERMException: when everything is written.
+            TrainingStoppedError: if a save failed.
+        """
+        if word != FAILED:
+            self.stop_request.number = word
+            self._save_boundary(trainer, pl_module)
+            self._writer.wait()
+        self._raise_if_any_failed()
+        raise SIGTERMException
+
+    def _raise_if_any_failed(self) -> None:
+        if self._agreement.agree(GO_ON if self._writer.error is None else FAILED) == FAILED:
+            raise self._writer.error or TrainingStoppedError("The first rank could not save.")
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """An error of this rank alone is raised when all ranks agree on it."""
+        try:
+            yield
+        except QLoRAError as error:
+            self._writer.fail(error)
 
     # -- saving ----------------------------------------------------------------------------------
 
     def _save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_due:
+            self._is_due = False
+            self._save_boundary(trainer, pl_module)
+
+    def _save_boundary(self, trainer: Trainer, module: Any) -> None:
+        """Copy the state of the last boundary and have it written; every rank comes here.
+
+        Raises:
+            TrainingStoppedError: if the save before could not be written, or the first is not what
+                was handed over.
+        """
         boundary = self._boundary
-        if boundary is None or not self._is_due:
+        if boundary is None or boundary.step in self.saved_steps:
             return
-        self._is_due = False
-        if boundary.step in self.saved_steps:
-            return
-        if trainer.is_global_zero:
-            self._saver.raise_if_failed()
-            for log in trainer.loggers:  # what is logged up to here must survive a kill
-                log.save()
+        self._writer.wait()
+        self._raise_if_any_failed()
+        self.last_checkpoint = self._being_written or self.last_checkpoint
         self.saved_steps.append(boundary.step)
-        path = checkpoint_path(self.folder, boundary.step)
-        # The adapter first: a step whose checkpoint is there has its adapter, wherever a kill came.
+        path = self._being_written = checkpoint_path(self.folder, boundary.step)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        kept = self._keep(module)
+        if module.product == "adapter":  # of a whole model there may be no room for a copy
+            checkpoint = host_copy(checkpoint)
         if trainer.is_global_zero:
-            folder = self._product_path(pl_module, boundary.step)
-            shutil.rmtree(folder, ignore_errors=True)
-            self._saver.write(trainer, pl_module, folder, boundary.step)
-        if not verifies(path):
-            trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            self._saver.verify(pl_module, path)
+            with self._noting_failure():
+                for log in trainer.loggers:  # what is logged up to here must survive a kill
+                    log.save()
+                folder = self._product_path(module, boundary.step)
+                product = self._saver.prepare(
+                    trainer, module, checkpoint["state_dict"], folder, boundary.step
+                )
+                self._writer.submit(partial(self._write, product, folder, checkpoint, path, kept))
+                if not self._is_proven or module.product == "model":
+                    self._writer.finish()
+                    self._saver.prove(trainer, module, folder)
+        if not self._is_proven or module.product == "model":
+            self._is_proven = True
+            self._raise_if_any_failed()
+
+    def _write(self, product: Any, folder: Path, checkpoint: Any, path: Path, kept: Kept) -> None:
+        write_save(product, folder, checkpoint, path, kept)
         self.last_checkpoint = path
-        self._discard(trainer)
 
     def _product_path(self, module: Any, step: int) -> Path:
         return product_path(self.folder, step, module.product)
 
-    def _best_steps(self) -> list[int]:
-        sign = 1 if self.mode == "min" else -1
-        ranked = sorted(self.scores, key=lambda step: (sign * self.scores[step], step))
-        return ranked[: self.keep_best]
-
     @property
     def best_step(self) -> int | None:
         """The step with the best score so far."""
-        ranked = self._best_steps()
-        return ranked[0] if ranked else None
+        return next(iter(self.retention.best(self.scores)), None)
 
-    def _discard(self, trainer: Trainer) -> None:
-        """Delete what is neither among the newest nor among the best, and say what is kept."""
-        keep = {*self.saved_steps[-self.keep_last :], *self._best_steps()}
-        self.saved_steps = [step for step in self.saved_steps if step in keep]
-        if not trainer.is_global_zero:
-            return
-        write_json(
-            self.folder / "checkpoints" / "kept.json",
-            {
-                "steps": self.saved_steps,
-                "best_step": self.best_step,
-                "best_score": None if self.best_step is None else self.scores[self.best_step],
-            },
+    def _keep(self, module: Any) -> Kept:
+        """Forget the steps that are not kept any more, and say which are."""
+        self.saved_steps = self.retention.keep(self.saved_steps, self.scores)
+        best = self.best_step
+        return Kept(
+            run=self.folder,
+            product=module.product,
+            steps=tuple(self.saved_steps),
+            best_step=best,
+            best_score=None if best is None else self.scores[best],
         )
-        for path in (self.folder / "checkpoints").glob("step-*.ckpt"):
-            if step_of(path) not in keep:
-                folder = self._product_path(trainer.lightning_module, step_of(path))
-                self._saver.settle(folder)
-                path.unlink()
-                digest_path(path).unlink(missing_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
 
     # -- state -----------------------------------------------------------------------------------
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add position, data, scores and random states; put the loops into their canonical form."""
+        """Add position, data, scores and random states; all of them are the boundary's."""
         boundary = self._boundary
         if boundary is None or boundary.step != trainer.global_step:
             return  # somebody saved in the middle of a step; such a file cannot be continued
-        checkpoint["boundary"] = {
-            "step": boundary.step,
-            "epoch": boundary.epoch + boundary.is_epoch_end,
-            "position": 0 if boundary.is_epoch_end else boundary.position,
-        }
-        checkpoint["clipping"] = clipping(trainer)
+        boundary.put_into(checkpoint)
         checkpoint["callbacks"].pop("Timer", None)  # each start has trainer.max_time for itself
+        checkpoint["clipping"] = clipping(trainer)
         checkpoint["scores"] = dict(self.scores)
+        if boundary.callbacks is not None:
+            checkpoint["scores"].pop(boundary.step, None)
         checkpoint["saved_steps"] = list(self.saved_steps)
         data = trainer.datamodule  # type: ignore[attr-defined]
         checkpoint["data"] = data.describe() if hasattr(data, "describe") else None
-        checkpoint["random_states"] = _gather(collect_random_states(), trainer)
-        _canonical_progress(checkpoint["loops"]["fit_loop"], boundary)
+        checkpoint["random_states"] = self._agreement.gather(boundary.random_states)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -333,43 +386,8 @@ class AdapterCheckpoint(Checkpoint):
         boundary = checkpoint["boundary"]
         data = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "resume_from") and checkpoint["data"] is not None:
-            data.resume_from(checkpoint["data"], boundary["epoch"], boundary["position"])
+            at = data.resume_from(checkpoint["data"], boundary["epoch"], boundary["position"])
+            carry_over(checkpoint, at, trainer)
         self.scores = dict(checkpoint["scores"])
         self.saved_steps = list(checkpoint["saved_steps"])
         self._loaded = checkpoint
-
-
-def _gather(states: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
-    if trainer.world_size == 1:
-        return [states]
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, states)
-    return gathered
-
-
-def _canonical_progress(fit_loop: dict[str, Any], boundary: Boundary) -> None:
-    """Rewrite Lightning's counters as they are just before the next batch.
-
-    The hooks in which a save may happen leave them in half a dozen states, each of which Lightning
-    resumes from differently: it may skip a validation, count a batch twice or end an epoch again.
-    Here they are always "n batches completed", and the end of an epoch is the start of the next.
-    """
-    epochs = boundary.epoch + boundary.is_epoch_end
-    position = 0 if boundary.is_epoch_end else boundary.position
-    begun = epochs + (position > 0)
-    for scope in ("total", "current"):
-        fit_loop["epoch_progress"][scope].update(
-            ready=begun, started=begun, processed=epochs, completed=epochs
-        )
-        batches = fit_loop["epoch_loop.batch_progress"][scope]
-        count = position if scope == "current" else batches["processed"]
-        batches.update(dict.fromkeys(("ready", "started", "processed", "completed"), count))
-    fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
-    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = boundary.step
-    if position == 0:
-        optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-        for progress in (*optimizer.values(), fit_loop["epoch_loop.scheduler_progress"]):
-            progress["current"].update(dict.fromkeys(progress["current"], 0))
-    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
-    for scope in ("total", "current"):
-        validation[scope].update(dict.fromkeys(validation[scope], 0))

@@ -14,6 +14,7 @@ import io
 import json
 import resource
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from qlora_pl.batch import FILLER_ROW
-from qlora_pl.files import write_atomic, write_json
+from qlora_pl.files import append_synced, write_atomic, write_json
 from qlora_pl.modeling.compute import ComputeCost, compute_cost
 from qlora_pl.modeling.module import StepStatistics
 from qlora_pl.training.random_state import collect_random_states, restore_random_states
@@ -62,6 +63,8 @@ class RunMetrics(Callback):
         """Runtime up to the checkpoint that this start resumed."""
         self._window = dict.fromkeys(TOTALS, 0.0)
         self._cost: ComputeCost | None = None
+        self._last_statistics: dict[str, Any] | None = None
+        """Of the last step, which a run that was stopped in its last validation logs later."""
         self._resumed_at: int | None = None
         self._began = self._started = time.perf_counter()
 
@@ -86,6 +89,8 @@ class RunMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut the history back to the checkpoint; what the run came to before no longer holds."""
         self._written = {}
+        if self._resumed_at is not None and self._last_statistics is not None:
+            cast(Any, pl_module).last_step = StepStatistics(**self._last_statistics)
         if self._resumed_at is not None and trainer.is_global_zero:
             self._truncate_table(self._resumed_at)
             self._reopen()
@@ -109,6 +114,7 @@ class RunMetrics(Callback):
         share = (batch_idx + 1) / trainer.num_training_batches
         self._epochs = round(trainer.current_epoch + share, 6)
         step = cast(StepStatistics, pl_module.last_step)
+        self._last_statistics = asdict(step)
         self._add(step)
         pl_module.log("train/loss", step.loss, prog_bar=True, logger=False)
         self.last["train/loss"] = step.loss
@@ -219,6 +225,8 @@ class RunMetrics(Callback):
             "tokens_per_second": self.totals["tokens"] / seconds,
             "trained_tokens_per_second": self.totals["trained_tokens"] / seconds,
             **{name: int(self.totals[name]) for name in TOTALS if name != "seconds"},
+            "out_of_memory_splits": cast(int, pl_module.runner.num_splits),  # type: ignore[union-attr]
+            "micro_batch_pieces": cast(int, pl_module.runner.num_pieces),  # type: ignore[union-attr]
             "flops_per_second": self.totals["flops"] / seconds,
         }
 
@@ -275,12 +283,12 @@ class RunMetrics(Callback):
         return self.folder / "metrics.csv"
 
     def _append_to_table(self, row: dict[str, float]) -> None:
-        is_new = not self._table.exists()
-        with self._table.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        lines = io.StringIO(newline="")
+        writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore")
+        if not self._table.exists():
+            writer.writeheader()
+        writer.writerow(row)
+        append_synced(self._table, lines.getvalue())
 
     def _truncate_table(self, step: int) -> None:
         """Drop the rows from a step on, and a row that a kill cut short."""
@@ -307,6 +315,7 @@ class RunMetrics(Callback):
             "totals": {name: self.totals[name] + self._window[name] for name in TOTALS},
             "first": dict(self.first),
             "last": dict(self.last),
+            "last_step": self._last_statistics,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -318,6 +327,7 @@ class RunMetrics(Callback):
         self._row = dict(state_dict["row"])
         self.totals = dict(state_dict["totals"])
         self.first, self.last = dict(state_dict["first"]), dict(state_dict["last"])
+        self._last_statistics = state_dict.get("last_step")
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -39,8 +39,15 @@ class RunConfig:
     """The experiment; None: the configuration file's name, else the base's."""
     root: str = "runs"
     """The folder of all experiments."""
+    timeout_seconds: float = 1800.0
+    """How long a process waits for the others of a run before it gives up. What one alone does
+    while the others wait must be done by then: reading rows, packing the base."""
 
     def __post_init__(self) -> None:
+        if self.timeout_seconds <= 0:
+            raise ConfigurationError(
+                f"run.timeout_seconds: must be above 0, got {self.timeout_seconds}."
+            )
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
             raise ConfigurationError(
                 f"run.name: '{self.name}' becomes a folder; use letters, digits, '.', '_' and '-'."
@@ -187,6 +194,36 @@ class Resolved:
     """Whether the folder is that of the run which wrote the checkpoint."""
     passed_over: tuple[str, ...] = ()
     """Newer checkpoints that are damaged, each with the reason."""
+
+    def plain(self) -> dict[str, Any]:
+        """The same in plain types, with absolute paths, for other processes."""
+        return {
+            "folder": str(self.folder.resolve()),
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint.resolve()),
+            "is_resumed": self.is_resumed,
+            "passed_over": list(self.passed_over),
+        }
+
+    @classmethod
+    def from_plain(cls, value: dict[str, Any]) -> Resolved:
+        """What ``plain`` was made of."""
+        checkpoint = value["checkpoint"]
+        return cls(
+            Path(value["folder"]),
+            None if checkpoint is None else Path(checkpoint),
+            bool(value["is_resumed"]),
+            tuple(value["passed_over"]),
+        )
+
+    def out_of_sight(self) -> str | None:
+        """Why a process of another node cannot take part in this run, in a sentence; or None."""
+        for path in (self.folder, self.checkpoint):
+            if path is not None and not path.exists():
+                return (
+                    f"'{path}' is not there; set run.root to a folder on a file system that all "
+                    "nodes share."
+                )
+        return None
 
 
 def resolve_run(config: RunConfig, command: str, ckpt_path: str | None) -> Resolved:

@@ -17,8 +17,10 @@ from torch import nn
 from qlora_pl.data.batches.collation import collate_prompts
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.files import write_atomic
+from qlora_pl.files import append_synced, write_atomic
 from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
+from qlora_pl.modeling.sharding import is_shared
+from qlora_pl.training.stopping import request_of
 
 
 class SampleWriter(Callback):
@@ -49,6 +51,7 @@ class SampleWriter(Callback):
         self.every_n_steps = every_n_steps
         self.decoding = decoding
         self._last_step = 0
+        self._asked_at: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the model that training starts from; a resumed run has asked already."""
@@ -71,15 +74,15 @@ class SampleWriter(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the trained model."""
-        is_asked = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        if not is_asked:
+        if self._asked_at != trainer.global_step:
             self._ask(trainer, pl_module)
 
     def _ask(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or data is None:
+        model = cast(nn.Module, pl_module.model)
+        if data is None or not (trainer.is_global_zero or is_shared(model)):
             return
-        conversations = self._conversations(data)
+        conversations, request = self._conversations(data), request_of(trainer)
         if not conversations:
             return
         prompts = [data.encoder.encode_prompt(conversation) for conversation in conversations]
@@ -87,14 +90,19 @@ class SampleWriter(Callback):
             prompts, [""] * len(prompts), np.arange(len(prompts)), data.tokenizer.pad_token_id
         )
         answers = generate_answers(
-            cast(nn.Module, pl_module.model),
+            model,
             data.tokenizer,
             batch["input_ids"].to(pl_module.device),
             batch["attention_mask"].to(pl_module.device),
             data.encoder.stop_ids,
             self.decoding,
+            should_stop=lambda: request.number is not None,
         )
-        self._write(trainer, [c.messages[-1].content for c in conversations], answers)
+        if request.number is not None:  # a resumed run asks again
+            return
+        self._asked_at = trainer.global_step
+        if trainer.is_global_zero:
+            self._write(trainer, [c.messages[-1].content for c in conversations], answers)
 
     def _conversations(self, data: Any) -> list[Conversation]:
         if self.prompts is not None:
@@ -105,9 +113,8 @@ class SampleWriter(Callback):
     def _write(self, trainer: Trainer, questions: list[str], answers: list[str]) -> None:
         step = trainer.global_step
         pairs = list(zip(questions, answers, strict=True))
-        with self._path(trainer).open("a") as file:
-            for prompt, answer in pairs:
-                file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
+        lines = [json.dumps({"step": step, "prompt": p, "answer": answer}) for p, answer in pairs]
+        append_synced(self._path(trainer), "\n".join(lines) + "\n")
         self._show(trainer, pairs)
 
     def _show(self, trainer: Trainer, pairs: list[tuple[str, str]]) -> None:
@@ -131,3 +138,4 @@ class SampleWriter(Callback):
         write_atomic(path, "".join(kept))
         answers = [answer for line in kept if (answer := json.loads(line))["step"] == step]
         self._show(trainer, [(answer["prompt"], answer["answer"]) for answer in answers])
+        self._asked_at = step if answers else None

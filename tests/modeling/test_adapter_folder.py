@@ -25,6 +25,7 @@ from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.errors import AdapterFolderError, TrainingStoppedError
 from qlora_pl.modeling.adapter_folder import (
     AdapterManifest,
+    companion_files,
     model_card,
     read_adapter_folder,
     read_adapter_tensors,
@@ -80,14 +81,12 @@ def trained(tiny_base: Path, rows_file: Path) -> QLoRAModule:
 
 def write(module: QLoRAModule, folder: Path, tokenizer: Any = "own") -> dict[str, Tensor]:
     data = module.trainer.datamodule
-    return write_adapter_folder(
-        folder,
-        module.model,
-        data.tokenizer if tokenizer == "own" else tokenizer,
-        make_manifest(module, data, step=9),
-        "model: {}\n",
-        held_out_rows(data),
-    )
+    manifest, tensors = make_manifest(module, data, step=9), adapter_tensors(module.model)
+    used = data.tokenizer if tokenizer == "own" else tokenizer
+    companions = companion_files(module.model, used, manifest)
+    held_out = held_out_rows(data)
+    write_adapter_folder(folder, tensors, companions, manifest, "model: {}\n", held_out)
+    return tensors
 
 
 @pytest.fixture

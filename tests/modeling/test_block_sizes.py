@@ -188,7 +188,7 @@ def test_a_damaged_copy_is_noticed_and_made_anew(
     monkeypatch.setenv("QLORA_PL_CACHE", str(tmp_path / "cache"))
     expected = logits(load(wide, cache=True, block_size=128).model)
     (packed,) = (tmp_path / "cache" / "packed").iterdir()
-    path = packed / "model.safetensors"
+    path = packed / "tensors-00001.safetensors"
     data = bytearray(path.read_bytes())
     if damage == "without its list":
         (packed / "packed.json").unlink()

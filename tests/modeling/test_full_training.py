@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_pl.errors import AdapterFolderError, ConfigurationError
-from qlora_pl.modeling import model_folder
+from qlora_pl.modeling import micro_batches, model_folder
 from qlora_pl.modeling.adapter_folder import read_adapter_folder
 from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.decoding import DecodingConfig
@@ -113,14 +113,13 @@ def test_gradients_are_plain_torchs_on_the_same_batch(
     pass the head here; 2e-2 in bfloat16, whose eps is 2**-7, where the head's products are cut
     otherwise. Clipping to 1e4 does nothing, but must not fail either.
     """
-    products = Products()
-    training_step = QLoRAModule.training_step
+    products, forward = Products(), micro_batches.language_model_loss
 
-    def counted(*arguments: Any) -> Tensor:
+    def counted(*arguments: Any) -> Any:
         with products:
-            return training_step(*arguments)
+            return forward(*arguments)
 
-    monkeypatch.setattr(QLoRAModule, "training_step", counted)
+    monkeypatch.setattr(micro_batches, "language_model_loss", counted)
     recorder = Recorder()
     module = train(
         tmp_path,

@@ -296,6 +296,18 @@ def test_a_damaged_memory_is_computed_again(base, tmp_path, monkeypatch):
     assert identify(base) == first
 
 
+def test_a_memory_with_a_flipped_bit_is_computed_again(base: Path, tmp_path: Path) -> None:
+    """Else a resumed run is refused, because its base would be another one."""
+    before = identify_base(str(base), None, str(tmp_path / "memory")).fingerprint
+    (memory,) = (tmp_path / "memory" / "fingerprints").iterdir()
+    remembered = memory.read_text()
+    for name in ("model.norm.weight", "0", "a"):
+        place = remembered.index(name)
+        flipped = chr(ord(remembered[place]) ^ 1)
+        memory.write_text(remembered[:place] + flipped + remembered[place + 1 :])
+        assert identify_base(str(base), None, str(tmp_path / "memory")).fingerprint == before
+
+
 def test_a_memory_that_cannot_be_written_stops_nobody(base, tmp_path, monkeypatch, caplog):
     expected = identify(base)
     (tmp_path / "file").write_text("")

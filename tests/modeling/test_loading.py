@@ -311,7 +311,7 @@ def test_a_byte_changed_in_any_file_of_the_packed_copy_makes_it_anew(tiny_base, 
     load(tiny_base, cache=True)
     (packed,) = (cache / "packed").iterdir()
     names = sorted(path.name for path in packed.iterdir())
-    assert "model.safetensors" in names
+    assert "tensors-00001.safetensors" in names
     for name in names:
         path = packed / name
         data = bytearray(path.read_bytes())
@@ -354,17 +354,17 @@ def files_no_larger_than(size: int):
 
 def test_another_process_that_was_faster_is_as_good(tiny_base, cache, monkeypatch, caplog):
     """The faster one is this process itself, called while the slower one writes."""
-    from transformers import LlamaForCausalLM
+    import safetensors.torch
 
-    save, calls = LlamaForCausalLM.save_pretrained, []
+    save, calls = safetensors.torch.save_file, []
 
-    def slow_save(model: Any, folder: Any, **arguments: Any) -> None:
-        save(model, folder, **arguments)
-        calls.append(folder)
+    def slow_save(tensors: Any, path: Any) -> None:
+        save(tensors, path)
+        calls.append(path)
         if len(calls) == 1:
             assert not load(tiny_base, cache=True).is_from_cache
 
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", slow_save)
+    monkeypatch.setattr(safetensors.torch, "save_file", slow_save)
     load(tiny_base, cache=True)
     assert len(calls) == 2
     assert "not kept" not in caplog.text
@@ -471,7 +471,7 @@ def test_code_in_the_folder_runs_only_where_it_is_trusted(base, tmp_path, monkey
 
 def test_a_bit_that_rots_leaves_size_and_time_alone_and_is_noticed(tiny_base, cache):
     load(tiny_base, cache=True)
-    (weights,) = cache.glob("packed/*/model.safetensors")
+    (weights,) = cache.glob("packed/*/tensors-00001.safetensors")
     before, data = weights.stat(), bytearray(weights.read_bytes())
     data[-100] ^= 1
     weights.write_bytes(data)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_pl.errors import ConfigurationError, TrainingStoppedError
-from qlora_pl.modeling import mixed_precision
+from qlora_pl.modeling import micro_batches, mixed_precision
 from qlora_pl.modeling.identity import identify_base
 from qlora_pl.modeling.loading import load_base
 from qlora_pl.modeling.mixed_precision import MAX_SKIPPED
@@ -77,17 +77,18 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-class CountBackward(Callback):
-    """Counts the products of backward passes."""
+def count_products(monkeypatch: pytest.MonkeyPatch) -> tuple[Products, Products]:
+    """Those of all forward passes of training, and those of all backward passes."""
+    counts = Products(), Products()
+    for name, products in zip(("language_model_loss", "back_propagate"), counts, strict=True):
+        run = getattr(micro_batches, name)
 
-    def __init__(self) -> None:
-        self.products = Products()
+        def counted(*arguments: Any, run: Any = run, products: Products = products) -> Any:
+            with products:
+                return run(*arguments)
 
-    def on_before_backward(self, *_: Any) -> None:
-        self.products.__enter__()
-
-    def on_after_backward(self, *_: Any) -> None:
-        self.products.__exit__(None, None, None)
+        monkeypatch.setattr(micro_batches, name, counted)
+    return counts
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "none"])
@@ -99,26 +100,18 @@ def test_products_are_in_float16_and_what_lies_beside_packed_weights_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Source: the operations that torch dispatches in training steps."""
-    forward, backward = Products(), CountBackward()
-    training_step = QLoRAModule.training_step
-
-    def counted(*arguments: Any) -> Tensor:
-        with forward:
-            return training_step(*arguments)
-
-    monkeypatch.setattr(QLoRAModule, "training_step", counted)
+    forward, backward = count_products(monkeypatch)
     module = fit(
         tmp_path,
         tiny_base,
         rows_file,
-        callbacks=[backward],
         lora=NO_DROPOUT,
         quant_type=quant_type,
         compute_dtype="float16",
     )
     # 14 matrices and the head, with two products for each adapter; backward likewise, and more
     assert forward.counts == {torch.float16: 3 * (14 * 3 + 1)}
-    assert set(backward.products.counts) == {torch.float16}
+    assert set(backward.counts) == {torch.float16}
     assert module.base is not None
     rest = {p.dtype for n, p in module.base.model.named_parameters() if "lora_" not in n} - {
         torch.uint8
@@ -374,7 +367,7 @@ def test_the_plugin_is_of_the_device_that_the_run_will_use(
         asked.append(arguments)
         raise Stop
 
-    monkeypatch.setattr("qlora_pl.modeling.module.precision_plugin", note)
+    monkeypatch.setattr("qlora_pl.modeling.mixed_precision.precision_plugin", note)
     monkeypatch.setattr(QLoRAModule, "device", torch.device("meta"))
     with pytest.raises(Stop):
         fit(tmp_path, tiny_base, rows_file, compute_dtype="float16")

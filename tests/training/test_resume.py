@@ -20,6 +20,7 @@ from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.run_folder import checkpoints_newest_first, newest_verified, verifies
+from qlora_pl.training.stopping import leaving_on_signals
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -66,7 +67,9 @@ def run(
         gradient_checkpointing=False,
     )
     data = InstructionDataModule(
-        rows, template="guanaco", val_size=2, batch_size=changes.pop("batch_size", 2)
+        rows,
+        **{"template": "guanaco", "val_size": 2, "batch_size": changes.pop("batch_size", 2)}
+        | changes.pop("data", {}),
     )
     checkpointing = {"every_n_steps": 1, "keep_last": 3} | changes.pop("checkpoint", {})
     callbacks = [RunMetrics(), AdapterCheckpoint(**checkpointing), KillAt(kill_at)]
@@ -88,7 +91,8 @@ def run(
     trainer = Trainer(default_root_dir=folder, **settings | changes)
     checkpoint = newest_verified(folder) if resume else None
     assert not resume or checkpoint is not None
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    with leaving_on_signals(trainer):
+        trainer.fit(module, data, ckpt_path=checkpoint)
     return trainer
 
 
@@ -168,7 +172,12 @@ def test_a_checkpoint_loads_with_weights_only_and_holds_nothing_of_the_base(
     assert all("lora_" in name for name in checkpoint["state_dict"])
     state = checkpoint["optimizer_states"][0]["state"]
     assert set(state) == set(checkpoint["state_dict"])
-    assert checkpoint["boundary"] == {"step": 20, "epoch": 2, "position": 0}
+    assert checkpoint["boundary"] == {
+        "step": 20,
+        "epoch": 2,
+        "position": 0,
+        "is_validation_due": False,
+    }
     base_bytes = sum(t.numel() * t.element_size() for t in checkpoint["state_dict"].values())
     assert (
         Path(path).stat().st_size < 3 * base_bytes + 80_000
@@ -180,7 +189,7 @@ def test_a_checkpoint_loads_with_weights_only_and_holds_nothing_of_the_base(
     [
         ({"lora": {"alpha": 8.0}}, "model.lora.alpha=16.0, this run has 8.0"),
         ({"optimizer": {"weight_decay": 0.1}}, "model.optimizer.weight_decay=0.0"),
-        ({"batch_size": 4}, "rows of an optimizer step: it had 2, this run has 4"),
+        ({"batch_size": 4}, r"data.global_batch_size\): it had 2, this run has 4"),
         ({"gradient_clip_val": 1.0}, "trainer.gradient_clip_val=0.3, this run has 1.0"),
         ({"gradient_clip_algorithm": "value"}, "trainer.gradient_clip_algorithm=norm"),
     ],

@@ -1,46 +1,117 @@
-"""Signals end a command where nothing waits for the end of a batch, and else after it."""
+"""What a signal does where it comes, and what a command says that one ended."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from qlora_pl.training.stopping import ending_on_sigterm, stopped_by_signal
+from qlora_pl.errors import TrainingStoppedError
+from qlora_pl.training.checkpoint import AdapterCheckpoint
+from qlora_pl.training.stopping import (
+    SIGNALS,
+    StopRequest,
+    leaving_on_signals,
+    stopped_by_signal,
+)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        default_root_dir=tmp_path,
+        callbacks=[AdapterCheckpoint()],
+    )
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_what_is_not_training_at_once(trainer: Trainer, number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SIGTERMException), leaving_on_signals(trainer):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_training_is_left_to_end_its_micro_batch(trainer: Trainer, number: int) -> None:
+    with leaving_on_signals(trainer) as request:
+        request.is_patient = True
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert request.number == number
+    assert trainer.checkpoint_callback.stop_request is request
+
+
+def test_lightning_hears_no_signal_itself(trainer: Trainer) -> None:
+    """Its handler broadcasts between ranks wherever the main thread happens to be."""
+    with leaving_on_signals(trainer) as request:
+        trainer._signal_connector.register_signal_handlers()
+        assert signal.getsignal(signal.SIGTERM) == request.receive
+
+
+def test_a_process_forked_from_the_run_ends_by_sigterm_as_any_other(trainer: Trainer) -> None:
+    """Pools of processes are ended so; SIGUSR1, sent to a whole job, is not meant for them."""
+    with leaving_on_signals(trainer) as request:
+        request.is_patient = True
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+    assert request.number is None
+
+
+def test_the_processes_that_lightning_started_are_told_too() -> None:
+    told: list[int] = []
+    request = StopRequest()
+    request.is_patient, request.launcher = True, SimpleNamespace(kill=told.append)
+    request.receive(signal.SIGUSR1)
+    request.receive(signal.SIGTERM)
+    assert told == [signal.SIGTERM]
+
+
+def make_request(number: int | None) -> StopRequest:
+    request = StopRequest()
+    request.number = number
+    return request
 
 
 @pytest.mark.parametrize(
-    ("received", "training", "waits"),
+    ("end", "number", "exit_code"),
     [
-        (False, True, False),  # weights are being loaded: Lightning's handler is not there yet
-        (True, False, False),  # validate, test, predict, or a validation
-        (True, True, True),  # Lightning looks after each batch
+        (SIGTERMException(), signal.SIGTERM, 143),
+        (SIGTERMException(), signal.SIGUSR1, 143),
+        (SIGTERMException(), None, 143),  # it came to another rank
+        (RuntimeError("a loader's process was killed"), signal.SIGTERM, 143),
+        (RuntimeError("something else"), None, None),
+        (TrainingStoppedError("The disk is full."), signal.SIGTERM, None),
+        (SystemExit(3), None, None),
     ],
 )
-def test_sigterm_waits_for_nothing_but_a_training_batch(
-    received: bool, training: bool, waits: bool
+def test_a_command_says_that_a_signal_ended_it(
+    tmp_path: Path, end: BaseException, number: int | None, exit_code: int | None
 ) -> None:
-    trainer: Any = SimpleNamespace(received_sigterm=received, training=training)
-    before = signal.getsignal(signal.SIGTERM)
-    if waits:
-        with ending_on_sigterm(trainer):
-            os.kill(os.getpid(), signal.SIGTERM)
-    else:
-        with pytest.raises(SIGTERMException), ending_on_sigterm(trainer):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == before
+    stopped = stopped_by_signal(end, make_request(number), tmp_path, is_fit=True)
+    assert (stopped and stopped.exit_code) == exit_code
+    if stopped is not None:
+        assert str(stopped) == "Stopped before the first checkpoint."
+        assert stopped.number == number or number is None
 
 
-def test_an_exit_that_no_signal_caused_is_left_alone(tmp_path: Any) -> None:
-    assert stopped_by_signal(SystemExit(3), tmp_path, is_fit=True) is None
-
-
-def test_a_command_that_does_not_train_just_says_that_it_stopped(tmp_path: Any) -> None:
-    stopped = stopped_by_signal(SIGTERMException(), tmp_path, is_fit=False)
+def test_ctrl_c_has_its_own_exit_code(tmp_path: Path) -> None:
+    end: Any = SystemExit(1)
+    end.__context__ = KeyboardInterrupt()
+    stopped = stopped_by_signal(end, make_request(None), tmp_path, is_fit=False)
     assert stopped is not None
-    assert str(stopped) == "Stopped."
-    assert stopped.exit_code == 143
+    assert (stopped.number, stopped.exit_code, str(stopped)) == (signal.SIGINT, 130, "Stopped.")

@@ -1,0 +1,151 @@
+"""A base with adapters, of which no device ever holds more than its part and one layer.
+
+The first process of a machine quantises the base once, into the packed copy on disk; every process
+then builds the model without weights, attaches adapters, and fills and cuts it layer by layer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_pl.errors import ConfigurationError
+from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
+from qlora_pl.modeling.base_checksum import BaseWatch
+from qlora_pl.modeling.identity import BaseIdentity
+from qlora_pl.modeling.loading import (
+    LoadedBase,
+    bitsandbytes_config,
+    keep_gradients_on_cpu,
+    make_copy,
+    unquantized_dtype,
+)
+from qlora_pl.modeling.packed_cache import packed_folder, read_packed, verify_packed
+from qlora_pl.modeling.packed_model import empty_model, fill, refuse_empty
+from qlora_pl.modeling.plan import AttentionKernel, QuantizationPlan, kernel_name
+from qlora_pl.modeling.quantization import QuantizationConfig, resolve_compute_dtype
+from qlora_pl.modeling.replacement import planned_replacement
+from qlora_pl.modeling.sharding import shard, unit_names
+from qlora_pl.modeling.verification import account_for
+
+BASE_PREFIX = "base_model.model."
+"""What PEFT puts before a base's names; an adapted layer's own become ``NAME.base_layer``."""
+CUT = "while it was cut over the devices"
+
+
+def refuse_unshardable(
+    config: QuantizationConfig, lora: LoRAConfig, grows_vocabulary: bool
+) -> None:
+    """What needs whole matrices, or another layout of their bytes, cannot be cut over devices.
+
+    Raises:
+        ConfigurationError: with every such setting and what works instead.
+    """
+    settings = {
+        "model.quantization.quant_type: int8": config.quant_type == "int8",
+        f"model.quantization.storage_dtype: {config.storage_dtype}": config.is_four_bits
+        and config.storage_dtype != "uint8",  # bytes that are cast on the way are spoilt
+        "model.quantization.compute_dtype: float16": config.compute_dtype == "float16",
+        f"model.lora.method: {lora.method}": lora.method != "lora",
+        f"model.lora.init: {lora.init}": lora.has_adapters
+        and lora.init not in ("kaiming", "gaussian"),
+        f"model.lora.bias: {lora.bias}": lora.bias != "none",
+        "model.lora.trainable_tokens": bool(lora.trainable_tokens),
+        "model.grow_vocabulary: true": grows_vocabulary,
+    }
+    instead = (
+        "uint8 bytes of nf4 or fp4 (or quant_type: none), bfloat16 or float32 products, and LoRA "
+        "of method lora, init kaiming or gaussian, without biases, do"
+    )
+    if problems := [
+        f"trainer.strategy: {setting} does not work with fsdp2; {instead}, and ddp takes all."
+        for setting, is_set in settings.items()
+        if is_set
+    ]:
+        raise ConfigurationError(problems)
+
+
+def load_sharded(
+    identity: BaseIdentity,
+    config: QuantizationConfig,
+    plan: QuantizationPlan,
+    lora: LoRAConfig,
+    *,
+    watch: BaseWatch,
+    mesh: Any,
+    device: torch.device,
+    offload: bool,
+    seed: int,
+    makes_copy: bool,
+    barrier: Callable[[], None],
+    cache_dir: str | None = None,
+    attn_implementation: AttentionKernel = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[LoadedBase, nn.Module]:
+    """Load, adapt and cut a base; every process calls this together.
+
+    Args:
+        identity: What to load.
+        config: How it is quantised.
+        plan: From ``make_plan``.
+        lora: What to attach.
+        watch: Told what the base is before it is cut, and asked whether it is the same after.
+        mesh: Of all devices, one-dimensional.
+        device: This process's.
+        offload: Whether parts wait in host memory; see ``shard``.
+        seed: Of the adapters' start.
+        makes_copy: Whether this process is the first of its machine, which quantises.
+        barrier: Waits for every process.
+        cache_dir: See ``cache_root``.
+        attn_implementation: See ``QLoRAModule``.
+        trust_remote_code: Whether Python code in the model's folder may run.
+
+    Returns:
+        The base, and the adapted model around it.
+
+    Raises:
+        ConfigurationError: if a matrix is missing, or was not quantised as planned.
+        HardwareError: if there is no room for the packed copy.
+        TrainingStoppedError: if cutting it has changed the base.
+    """
+    compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
+    dtype = unquantized_dtype(config, compute_dtype)
+    copy = packed_folder(identity, config, dtype, device, cache_dir)
+    is_made = makes_copy and not verify_packed(copy)
+    if is_made:
+        make_copy(identity, config, plan, copy, device, attn_implementation, trust_remote_code)
+    barrier()
+    tensors = read_packed(copy)
+    packing = bitsandbytes_config(config, compute_dtype, plan) if config.is_quantized else None
+    with planned_replacement(plan, config, compute_dtype):
+        base = empty_model(
+            identity.folder, packing, dtype, kernel_name(attn_implementation), trust_remote_code
+        )
+    keep_gradients_on_cpu(base)
+    base.requires_grad_(False)
+    model = attach_adapters(base, lora, seed)
+    for unit in unit_names(model):
+        fill(model, tensors, device, name_in_base, unit)
+        account_for(base, plan, config, within=name_in_base(unit))
+        watch.remember(model.get_submodule(unit), device, within=name_in_base(unit))
+        shard(model.get_submodule(unit), mesh, offload)
+    fill(model, tensors, device, name_in_base)
+    refuse_empty(model)
+    watch.check(model, device, CUT)
+    watch.remember(model, device)
+    shard(base, mesh, offload)
+    watch.check(model, device, CUT)
+    barrier()
+    if is_made and not config.cache:
+        shutil.rmtree(copy, ignore_errors=True)
+    source: Any = "quantised now" if is_made else "read from the cache"
+    return LoadedBase(base, plan, compute_dtype, dtype, source), model
+
+
+def name_in_base(name: str) -> str:
+    """The name of an adapted model's tensor or module in its base."""
+    return f"{name}.".removeprefix(BASE_PREFIX).replace(".base_layer.", ".").removesuffix(".")

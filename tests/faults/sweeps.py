@@ -1,0 +1,96 @@
+"""Exhaustively: each operation of a part of a run fails, one after another, until none is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from faults.fault import SPACE, Fault
+from faults.kinds import READ, numbered
+from faults.proving import Outcome, prove
+from faults.runs import NUM_STEPS, Runs
+
+SAVED = 6
+"""The step whose save is swept through: one with a validation, and with an older one to delete."""
+KILLED_AFTER = 5
+"""The step after which the run is killed whose resuming is swept through."""
+PARTS = {
+    "start": "a start with empty caches, until the first step has ended",
+    "resume": f"a start that resumes at step {KILLED_AFTER - 1}, until its first step has ended",
+    "save": f"from the end of step {SAVED} to the next save: a save, its check, what it replaces",
+    "end": "from the end of the last step to the end of the command",
+}
+ACTIONS = ("kill", "EIO", "ENOSPC")
+
+
+class Sweep:
+    """The operations of one part of a run.
+
+    Args:
+        runs: Starts runs.
+        part: One of ``PARTS``.
+    """
+
+    def __init__(self, runs: Runs, part: str) -> None:
+        self.runs = runs
+        self.part = part
+        self._resumable = None
+        if part == "resume":
+            self._resumable = runs.new_workplace()
+            killed = runs.run(
+                self._resumable, Fault(action="kill", moment="step", occurrence=KILLED_AFTER)
+            )
+            assert killed.is_reached
+            events = runs.run(runs.copy(self._resumable)).events
+        else:
+            events = (runs.cold_run if part == "start" else runs.warm_run).events
+        begin, end = _bounds(events, part)
+        skipped = len(numbered(events[:begin]))
+        found = numbered(events[:end])[skipped:]
+        self.operations = [place for place in found if not place[0].startswith(READ)]
+        self.reads = [place for place in found if place[0].startswith(READ)]
+
+    def faults(self, action: str) -> list[Fault]:
+        """One at each operation; a full disk at each that takes space, and from then on."""
+        places = self.operations
+        if action == "ENOSPC":
+            places = [place for place in places if place[0].split()[0] in SPACE]
+        return [
+            Fault(
+                action=action,
+                operation=label,
+                occurrence=occurrence,
+                persists=action == "ENOSPC",
+            )
+            for label, occurrence in places
+        ]
+
+    def outcome(self, fault: Fault) -> Outcome:
+        """Of one fault."""
+        if self._resumable is not None:
+            workplace = self.runs.copy(self._resumable)
+        else:
+            workplace = self.runs.new_workplace(is_warm=self.part != "start")
+        return prove(self.runs, fault, workplace=workplace)
+
+    def outcomes(self, action: str) -> Iterator[Outcome]:
+        """Of every fault of an action."""
+        for fault in self.faults(action):
+            yield self.outcome(fault)
+
+
+def _bounds(events: list[dict[str, Any]], part: str) -> tuple[int, int]:
+    def step(number: int) -> int:
+        return next(i for i, event in enumerate(events) if event.get("step") == number)
+
+    if part == "start":
+        return 0, step(1)
+    if part == "resume":
+        return 0, step(KILLED_AFTER)
+    if part == "end":
+        return step(NUM_STEPS), len(events)
+    following = f"step-{SAVED + 2:08d}"
+    begin = step(SAVED)
+    end = next(i for i, event in enumerate(events) if following in event.get("operation", ""))
+    # Its folder is filled under a temporary name before anything says which step it is of.
+    return begin, min(end, step(SAVED + 2))
