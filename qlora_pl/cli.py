@@ -141,9 +141,8 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Report every unknown key before parsing, which would stop at the first."""
-        with redirect_stdout(
-            sys.stdout if self._start.launch.is_first else io.StringIO()
-        ):  # --help
+        out = sys.stdout if self._start.launch.is_first else io.StringIO()
+        with redirect_stdout(out):  # --help, --print_config
             self.refuse_mistakes(sys.argv[1:] if args is None else cast(list[str], args))
             super().parse_arguments(parser, args)
 

@@ -122,19 +122,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def temporary_folder(parent: Path) -> Path:
-    """Make a folder for something that is not whole yet, readable by whom the umask says.
-
-    ``tempfile.mkdtemp`` makes one for its owner alone, whose rights would have to be widened later.
-
-    Raises:
-        OSError: if it cannot be made.
-    """
-    folder = parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
-    folder.mkdir(parents=True)
-    return folder
-
-
 def publish_folder(source: Path, destination: Path) -> None:
     """Give a finished folder a second name, in place of what had it; files are shared, not copied.
 
@@ -167,6 +154,19 @@ def _link(source: str, destination: str) -> None:
     except OSError:  # a file system without hard links
         shutil.copy2(source, destination)
         _sync_file(Path(destination))
+
+
+def temporary_folder(parent: Path) -> Path:
+    """Make a folder for something that is not whole yet, readable by whom the umask says.
+
+    ``tempfile.mkdtemp`` makes one for its owner alone, whose rights would have to be widened later.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    folder = parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
+    return folder
 
 
 def remove_leftovers(folder: Path) -> None:

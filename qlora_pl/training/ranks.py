@@ -26,7 +26,7 @@ from uuid import uuid4
 import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError
+from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError, TrainingStoppedError
 from qlora_pl.training.launching import Launch, meeting_point
 
 MEETING_SECONDS = 1800.0
@@ -332,6 +332,20 @@ def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
     keys = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
     more = [f"and {len(keys) - 3} more"] if len(keys) > 3 else []
     return ", ".join([*keys[:3], *more])
+
+
+def lost_connection(error: BaseException) -> TrainingStoppedError | None:
+    """The error that says so where an exchange broke because another process is gone, else None.
+
+    Gloo has no type of its own for it; the words are those of its sockets and of its time-out.
+    """
+    words = ("closed by peer", "reset by peer", "Timed out waiting", "Broken pipe")
+    if isinstance(error, DistError) or any(word in str(error) for word in words):
+        return TrainingStoppedError(
+            "Another process of this run is gone, or did not answer within run.timeout_seconds; "
+            "its own message says why. Continue with --ckpt_path last."
+        )
+    return None
 
 
 def exit_code_of(error: BaseException) -> int:
