@@ -152,6 +152,18 @@ class StoppedBySignal(TrainingStoppedError):
         self.exit_code = 128 + (number if number == signal.SIGINT else signal.SIGTERM)
 
 
+def lost_loader(end: BaseException) -> TrainingStoppedError | None:
+    """The error that says so if a process that loads rows died, which torch tells in words only."""
+    told = str(end)
+    if not isinstance(end, RuntimeError) or not told.startswith("DataLoader worker"):
+        return None
+    return TrainingStoppedError(
+        f"A process that loads rows died ({told.splitlines()[0].rstrip('. ')}); what was saved is "
+        "untouched: resume with --ckpt_path last, and with fewer data.num_workers if the machine "
+        "ran out of memory."
+    )
+
+
 def stopped_by_signal(
     end: BaseException, request: StopRequest, folder: Path, is_fit: bool
 ) -> StoppedBySignal | None:
