@@ -20,6 +20,7 @@ from qlora_pl.modeling.base_checksum import (
     _words,
     _words_checksum,
     checksum,
+    combined,
     frozen_checksums,
 )
 
@@ -82,6 +83,14 @@ def test_names_are_the_bases_with_and_without_adapters_and_constants_are_among_t
     assert frozen_checksums(adapted, CPU) == bare
     name = "model.layers.0.self_attn.q_proj.weight"
     assert {name, f"{name}.absmax", f"{name}.nested_absmax", "model.norm.weight"} <= bare.keys()
+
+
+def test_the_order_in_which_a_base_was_filled_does_not_matter(tiny_base: Path) -> None:
+    checksums = frozen_checksums(load(tiny_base).model, CPU)
+    assert combined(checksums) == combined(dict(reversed(checksums.items())))
+    names = list(checksums)
+    swapped = checksums | {names[0]: checksums[names[1]], names[1]: checksums[names[0]]}
+    assert combined(checksums) != combined(swapped)
 
 
 def change_byte(model: Any) -> None:
