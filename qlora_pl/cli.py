@@ -51,6 +51,7 @@ from qlora_pl.training.step_layout import StepLayout
 from qlora_pl.training.stopping import (
     has_reached_its_end,
     leaving_on_signals,
+    lost_loader,
     request_of,
     stopped_by_signal,
 )
@@ -233,6 +234,8 @@ class QLoRACLI(LightningCLI):
             stopped = stopped_by_signal(end, request_of(self.trainer), folder, is_fit)
             if stopped is None and (lost := lost_rank(end, self.trainer)) is not None:
                 raise lost from end
+            if stopped is None and (died := lost_loader(end)) is not None:
+                raise died from end
             if stopped is None:
                 raise
             if is_fit and asks_for_requeue(stopped.number):

@@ -13,6 +13,7 @@ from plain_peft import reload_with_plain_peft
 from safetensors.torch import load_file
 from strategy_runs import run_processes
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 STRATEGIES = ["ddp", "fsdp2", "fsdp2_offload"]
 
 
