@@ -76,16 +76,16 @@ def ranks(tiny_base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFac
 def test_a_step_exchanges_the_adapters_gradients_and_a_few_numbers(run: str, ranks: Ranks) -> None:
     """However many micro-batches it has, and whatever the base; checkpointing is on.
 
-    A number for each tensor says whether it has a gradient. After each micro-batch Lightning tells
-    all ranks whether rank 0 got a SIGTERM. Source: torch's profiler, which sees C++'s calls too.
+    A number for each tensor says whether it has a gradient. Single numbers, whether a signal came,
+    go with micro-batches. Source: torch's profiler, which sees what C++ sends too.
     """
     for noted in ranks(f"traffic: {run}"):
         sizes = noted["sizes"]
         own = [("all_reduce", sum(sizes) + len(sizes)), ("all_reduce", len(StepSums._fields))]
-        signal = ("broadcast", 1)
         _, first, _, last = noted["parts"]  # the first step is saved when the second begins
-        assert first == [signal] * (TRAFFIC[run][0] - 1) + own
-        assert [sent for sent in last if sent != signal] == own
+        assert [sent for sent in first if sent[1] > 1] == own
+        assert [sent for sent in last if sent[1] > 1] == own
+        assert len(first) <= len(own) + 2 * TRAFFIC[run][0]
         assert noted["type"] == "QLoRAModule"
 
 
