@@ -33,6 +33,7 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
+from qlora_pl.redaction import secrets_in
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.strategies.fitting import fitting_strategy, num_gpus
 from qlora_pl.training.checkpoint import AdapterCheckpoint
@@ -40,6 +41,7 @@ from qlora_pl.training.lost_ranks import lost_rank, watch_other_ranks
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
+from qlora_pl.training.rehearsal import Rehearsal
 from qlora_pl.training.run_folder import Resolved, RunConfig
 from qlora_pl.training.run_record import RunRecord, flatten, run_logger
 from qlora_pl.training.run_start import RunStart
@@ -49,6 +51,7 @@ from qlora_pl.training.step_layout import StepLayout
 from qlora_pl.training.stopping import (
     has_reached_its_end,
     leaving_on_signals,
+    lost_loader,
     request_of,
     stopped_by_signal,
 )
@@ -140,9 +143,8 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Report every unknown key before parsing, which would stop at the first."""
-        with redirect_stdout(
-            sys.stdout if self._start.launch.is_first else io.StringIO()
-        ):  # --help
+        out = sys.stdout if self._start.launch.is_first else io.StringIO()
+        with redirect_stdout(out):  # --help, --print_config
             self.refuse_mistakes(sys.argv[1:] if args is None else cast(list[str], args))
             super().parse_arguments(parser, args)
 
@@ -202,7 +204,7 @@ class QLoRACLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        essential: list[Any] = [RunMetrics(), StepLayout()]
+        essential: list[Any] = [RunMetrics(), StepLayout(), Rehearsal()]
         if self.subcommand == "predict":
             essential.append(PredictionWriter())
         chosen = config["callbacks"] or []
@@ -232,6 +234,8 @@ class QLoRACLI(LightningCLI):
             stopped = stopped_by_signal(end, request_of(self.trainer), folder, is_fit)
             if stopped is None and (lost := lost_rank(end, self.trainer)) is not None:
                 raise lost from end
+            if stopped is None and (died := lost_loader(end)) is not None:
+                raise died from end
             if stopped is None:
                 raise
             if is_fit and asks_for_requeue(stopped.number):
@@ -310,7 +314,8 @@ def complete(run: Namespace) -> Namespace:
 
 def check_run(run: Namespace) -> list[str]:
     """Every problem of a parsed run that can be found without reading rows or weights."""
-    if problems := list(not_finite(run.as_dict())):
+    values = run.as_dict()
+    if problems := [*not_finite(values), *secrets_in(_plain(values))]:
         return problems
     model, samples = settings(run.model), settings(run.samples)
     groups: list[Callable[[], Any]] = [
@@ -347,6 +352,13 @@ def check_run(run: Namespace) -> list[str]:
 def settings(group: Namespace) -> dict[str, Any]:
     """The keys of a group, without what the parser notes besides (the file it came from)."""
     return {key: value for key, value in vars(group).items() if not key.startswith("__")}
+
+
+def _plain(value: Any) -> Any:
+    """Values as run.yaml will have them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.plain() if isinstance(value, RowSources) else value
 
 
 def _check_base(name: str) -> None:

@@ -85,6 +85,7 @@ MAY_USE: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "files": {"torch"},
+    "redaction": set(),
     "batch": {"torch"},
     "parsing": {"yaml"},
     "quickstart": {"torch", "transformers", "tokenizers"},
@@ -115,22 +116,27 @@ MAY_USE: dict[str, set[str]] = {
     "inspection.duplicates": {"numpy", "tqdm"},
     "inspection.policies": {"numpy", "tqdm"},
     "inspection.command": set(),
+    "proof": set(),
+    "proof.comparison": {"torch", "safetensors"},
+    "proof.verdict": {"torch"},
 }
 LAYERS: dict[str, set[str]] = {
-    "__main__": {"cli", "inspection", "errors", "__init__"},
+    "__main__": {"cli", "inspection", "proof", "errors", "redaction", "__init__"},
     "__init__": {"data", "modeling", "training", "errors", "batch"},
     "errors": set(),
     "files": {"errors"},
+    "redaction": set(),
     "batch": set(),
     "parsing": {"errors"},
     "quickstart": {"errors"},
-    "cli": {"data", "modeling", "training", "strategies", "errors", "parsing"},
+    "cli": {"data", "modeling", "training", "strategies", "errors", "parsing", "redaction"},
     "key_reference": {"cli", "data"},
     "data": {"data", "errors", "batch", "files"},
     "modeling": {"modeling", "errors", "batch", "files"},
     "strategies": {"strategies", "modeling", "errors"},
-    "training": {"training", "modeling", "data", "errors", "batch", "files"},
+    "training": {"training", "modeling", "data", "errors", "batch", "files", "redaction"},
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
+    "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
 }
 
 

@@ -108,7 +108,8 @@ def shard(module: nn.Module, mesh: Any, offload: bool) -> None:
 
     is_cuda = mesh.device_type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=is_cuda) if offload else OffloadPolicy()
-    fully_shard(module, mesh=mesh, offload_policy=policy)
+    # Said of the root too: left whole after a validation, it would be saved by other objects.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     for inner in module.modules():
         state = getattr(inner, "quant_state", None)
         weight = inner._parameters.get("weight")

@@ -258,6 +258,21 @@ def test_validations_that_are_counted_across_epochs_stay_where_they_are_after_re
     assert validated == ["0", "4", "8", "12", "16", "20"]
 
 
+def test_a_validation_in_the_first_window_after_resuming_counts_for_the_best(
+    tmp_path: Path, tiny_base: Path, rows_file: Path, uninterrupted: Any
+) -> None:
+    """Step 1 ends with micro-batch 4, and is validated after 5, which the resumed run repeats."""
+    with pytest.raises(Killed):
+        run(tmp_path, tiny_base, rows_file, kill_at=5, accumulation=4)
+    run(tmp_path, tiny_base, rows_file, resume=True, accumulation=4)
+    scores = [
+        torch.load(newest_verified(folder), weights_only=True)["scores"]
+        for folder in (tmp_path, uninterrupted(4))
+    ]
+    assert 1 in scores[1]
+    assert scores[0] == scores[1]
+
+
 def test_metrics_json_says_what_the_run_came_to(uninterrupted: Any) -> None:
     metrics = json.loads((uninterrupted(1) / "metrics.json").read_text())
     assert metrics["is_complete"]
