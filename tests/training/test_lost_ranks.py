@@ -210,6 +210,28 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_micro_batch(
 
 
 @pytest.mark.slow
+def test_ranks_that_share_a_model_stop_alike_and_save_it_whole(workplace: Path) -> None:
+    """Under FSDP2 a rank that stopped alone would leave the other in the middle of a forward.
+
+    The second start is told before the last samples are drawn, which both ranks do together.
+    """
+    words = ("--trainer.strategy", "fsdp2", "--samples.num_prompts", "1")
+    done = fit(workplace, "shared-whole", *words)
+    assert done.returncode == 0, done.stderr
+    name = "shared"
+    for resume, micro_batch, step in (((), 2, 2), (("--ckpt_path", "last"), 9, 6)):
+        harm = {"KillAt": {"micro_batch": micro_batch, "number": int(signal.SIGUSR1), "rank": 1}}
+        stopped = fit(workplace, name, *words, *resume, harm=harm)
+        assert stopped.returncode == 143, stopped.stderr
+        assert newest_step(workplace, name) == step
+    resumed = fit(workplace, name, *words, "--ckpt_path", "last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert adapter(workplace, name) == adapter(workplace, "shared-whole")
+    asked = (run_folder(workplace, name) / "samples.jsonl").read_text()
+    assert asked == (run_folder(workplace, "shared-whole") / "samples.jsonl").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "harm"),
     [
