@@ -126,12 +126,13 @@ class Ranks:
         assert session is not None
         session.set(f"failed/{rank}", str(error))
         if rank != 0:
-            session.wait(["failed/0"], timedelta(seconds=LATE_SECONDS))
+            if not appear(session, ["failed/0"], LATE_SECONDS):
+                return self._own(error)
             is_same = session.get("failed/0").decode() == str(error)
             session.set(f"heard/{rank}", "")
             return SystemExit(error.exit_code) if is_same else self._own(error)
         others = [f"heard/{other}" for other in range(1, self._launch.num_processes)]
-        session.wait(others, timedelta(seconds=LATE_SECONDS))  # they read from this process
+        appear(session, others, LATE_SECONDS)  # they read from this process
         return error
 
     def _own(self, error: QLoRAError) -> QLoRAError:
@@ -183,7 +184,7 @@ class Ranks:
         self._tell({"exit_code": exit_code})
         others = [f"dismissed/{rank}" for rank in range(1, self._launch.num_processes)]
         with suppress(DistError):
-            self._session.wait(others, timedelta(seconds=LEAVING_SECONDS))
+            appear(self._session, others, LEAVING_SECONDS)
 
     def _report(self, what: str, said: dict[str, Any]) -> None:
         assert self._session is not None
@@ -315,6 +316,16 @@ class Ranks:
         if self._store is None or not self._store.check([f"memory/{key}"]):
             return None
         return str(self._store.get(f"memory/{key}").decode())
+
+
+def appear(store: Store, keys: list[str], seconds: float) -> bool:
+    """Whether all keys are there within some time; torch's own wait warns when they are not."""
+    deadline = time.monotonic() + seconds
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def join_group_at(port: int) -> None:
