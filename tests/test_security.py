@@ -29,7 +29,7 @@ from qlora_pl.modeling.adapter_folder import AdapterManifest, read_adapter_folde
 from qlora_pl.modeling.adapter_start import locate_adapter, start_at_adapter
 from qlora_pl.modeling.identity import refuse_code_from_elsewhere, weight_files
 from qlora_pl.modeling.own_files import is_plain_name
-from qlora_pl.training.checkpoint import VerifiedCheckpointIO
+from qlora_pl.training.checkpoint_files import VerifiedCheckpointIO
 
 PACKAGE = Path(__file__).parent.parent / "qlora_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))

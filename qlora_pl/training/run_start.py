@@ -64,6 +64,7 @@ class RunStart:
             QLoRAError: on rank 0, if the run cannot start.
             SystemExit: on the other ranks then; on all, if there is nothing left to do.
         """
+        self.ranks.patience_seconds = config.timeout_seconds
         decided = self.ranks.agree(
             given,
             lambda: self._resolve(command, config, trainer, ckpt_path).plain(),

@@ -144,6 +144,7 @@ def import_everything() -> None:
     import torch
     import torch.utils.tensorboard
     import tqdm
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import qlora_pl.__main__
     import qlora_pl.cli  # noqa: F401
