@@ -15,6 +15,7 @@ import warnings
 
 from qlora_pl import __version__
 from qlora_pl.errors import QLoRAError, did_you_mean
+from qlora_pl.redaction import RedactingFormatter, print_redacted_traceback, redact
 
 TRAINER_COMMANDS = {
     "fit": "Train LoRA adapters on a 4-bit base.",
@@ -24,6 +25,7 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
+    "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
 
@@ -71,7 +73,9 @@ def main() -> int:
         known = "" if end != "." else f" (there are {', '.join(COMMANDS)})"
         return fail(f"no command is called '{command}'{known}{end}")
     try:
-        return run_trainer_command() if command in TRAINER_COMMANDS else run_inspect()
+        if command in TRAINER_COMMANDS:
+            return run_trainer_command()
+        return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
         fail(str(error))
         return error.exit_code
@@ -109,6 +113,15 @@ def run_inspect() -> int:
     return inspect(sys.argv[2:])
 
 
+def run_prove_resume() -> int:
+    """Hand over to ``prove-resume``, which starts ``fit`` in processes of their own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten()
+    from qlora_pl.proof.command import prove_resume
+
+    return prove_resume(sys.argv[2:])
+
+
 def disk_failed(error: OSError) -> str:
     """One sentence for a disk's error that nobody on the way has put into words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -125,7 +138,10 @@ def quieten() -> None:
 
     Each pattern is a message that is untrue or useless here; everything else gets through.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    sys.excepthook = print_redacted_traceback
     logging.getLogger("qlora_pl").setLevel(logging.INFO)
     for useless in (
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning under torch 2.13
@@ -142,7 +158,7 @@ def quieten() -> None:
 
 def fail(sentences: str) -> int:
     """Print what went wrong, a line a problem, and return the exit code of a user's mistake."""
-    for sentence in sentences.splitlines():
+    for sentence in redact(sentences).splitlines():
         print(f"qlora-pl: {sentence}", file=sys.stderr)
     return 2
 

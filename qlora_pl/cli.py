@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -22,9 +21,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from qlora_pl.data.batches.global_batch import settle_accumulation
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import RowSources
-from qlora_pl.errors import ConfigurationError, QLoRAError
+from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.full_training import refuse_packed_weights
@@ -33,28 +33,20 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
+from qlora_pl.redaction import secrets_in
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
+from qlora_pl.strategies.fitting import fitting_strategy, num_gpus
 from qlora_pl.training.checkpoint import AdapterCheckpoint
-from qlora_pl.training.launching import Launch
 from qlora_pl.training.lost_ranks import lost_rank, watch_other_ranks
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
-from qlora_pl.training.ranks import Ranks, hush
-from qlora_pl.training.run_folder import (
-    FOLDER_VARIABLE,
-    Resolved,
-    RunConfig,
-    completed_run,
-    forget_if_nothing_happened,
-    newest_verified,
-    resolve_run,
-    step_of,
-)
-from qlora_pl.training.run_lock import RunLock
+from qlora_pl.training.rehearsal import Rehearsal
+from qlora_pl.training.run_folder import Resolved, RunConfig
 from qlora_pl.training.run_record import RunRecord, flatten, run_logger
+from qlora_pl.training.run_start import RunStart
 from qlora_pl.training.samples import SampleWriter
-from qlora_pl.training.slurm import begun_before, note_job
+from qlora_pl.training.slurm import asks_for_requeue, requeue
 from qlora_pl.training.step_layout import StepLayout
 from qlora_pl.training.stopping import (
     has_reached_its_end,
@@ -63,7 +55,7 @@ from qlora_pl.training.stopping import (
     request_of,
     stopped_by_signal,
 )
-from qlora_pl.training.trainer_settings import check_seed, check_trainer
+from qlora_pl.training.trainer_settings import RunTrainer, check_seed, check_trainer
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(
@@ -76,10 +68,11 @@ register_type(
 logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 3
+DEFAULT_ACCUMULATION = 4  # with batch_size 4 the paper's 16 rows a step
 TRAINER_DEFAULTS = {
     "precision": "32-true",  # types are set when the base is loaded, and by nothing else
     "gradient_clip_val": 0.3,  # the paper's (table 9)
-    "accumulate_grad_batches": 4,  # with batch_size 4 the paper's 16 rows a step
+    "accumulate_grad_batches": None,  # what data.global_batch_size leaves, or the default above
     "num_sanity_val_steps": -1,  # the whole validation split before training: the "before" figure
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # the module's own counts logical weights
@@ -105,11 +98,7 @@ class QLoRACLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         self._command = (sys.argv[1:] if args is None else args)[0]
         self.resolved: Resolved | None = None
-        self._lock: RunLock | None = None
-        self._launch = Launch.detect()  # Lightning changes what this looks at
-        self._ranks = Ranks(self._launch)
-        if not self._launch.is_first:
-            hush(self._launch.rank)
+        self._start = RunStart()
         try:
             super().__init__(
                 QLoRAModule,
@@ -118,20 +107,18 @@ class QLoRACLI(LightningCLI):
                 seed_everything_default=0,
                 auto_configure_optimizers=False,  # the optimizer is built after the model is loaded
                 save_config_callback=RunRecord,
+                trainer_class=RunTrainer,
                 trainer_defaults=TRAINER_DEFAULTS,
                 parser_class=QLoRAParser,
                 parser_kwargs={"prog": "qlora-pl"},
                 load_from_checkpoint_support=False,
             )
         except BaseException as error:
-            if self._launch.is_first and self.resolved is not None:
-                forget_if_nothing_happened(self.resolved)
-            if isinstance(error, QLoRAError) and (end := self._ranks.leave(error)) is not error:
+            if (end := self._start.give_up(error)) is not error:
                 raise end from None
             raise
         finally:
-            if self._lock is not None:
-                self._lock.release()
+            self._start.release()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The command at hand alone: building a parser for all four would take two seconds more.
@@ -156,7 +143,8 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Report every unknown key before parsing, which would stop at the first."""
-        with redirect_stdout(sys.stdout if self._launch.is_first else io.StringIO()):  # --help
+        out = sys.stdout if self._start.launch.is_first else io.StringIO()
+        with redirect_stdout(out):  # --help, --print_config
             self.refuse_mistakes(sys.argv[1:] if args is None else cast(list[str], args))
             super().parse_arguments(parser, args)
 
@@ -181,15 +169,15 @@ class QLoRACLI(LightningCLI):
         """Fill in what depends on other values, check everything, choose the run's folder."""
         assert self.subcommand is not None
         run = complete(self.config[self.subcommand])
-        if problems := [*check_run(run), *self._launch.problems(run.trainer)]:
+        if problems := [*check_run(run), *self._start.launch.problems(run.trainer)]:
             raise ConfigurationError(problems)
-        config = RunConfig(**settings(run.run))
-        decided = self._ranks.agree(
-            self._plain_config(),
-            lambda: self._resolve(config, run).plain(),
-            lambda decided: Resolved.from_plain(decided).out_of_sight(),
+        self.resolved = self._start.choose(
+            str(self.subcommand),
+            RunConfig(**settings(run.run)),
+            run.trainer,
+            run.ckpt_path,
+            self._plain_config() if self._start.launch.launcher else {},
         )
-        self.resolved = self.resolved or Resolved.from_plain(decided)
         run.ckpt_path = str(self.resolved.checkpoint) if self.resolved.checkpoint else None
 
     def _plain_config(self) -> dict[str, Any]:
@@ -198,70 +186,39 @@ class QLoRACLI(LightningCLI):
         run = json.loads(text)[self.subcommand]
         return flatten({key: value for key, value in run.items() if key != "config"})
 
-    def _resolve(self, config: RunConfig, run: Namespace) -> Resolved:
-        """Choose folder and checkpoint, on the first process and on those that Lightning starts."""
-        is_fit = self.subcommand == "fit"
-        ckpt_path = (self._begun_before(config) if is_fit else None) or run.ckpt_path
-        if is_fit and (done := completed_run(config, ckpt_path, run.trainer)):
-            print(f"The run in '{done}' is complete; nothing to resume.")
-            sys.exit(0)
-        command = "rehearsal" if run.trainer.fast_dev_run else str(self.subcommand)
-        if self._launch.launcher is not None:
-            os.environ.pop(FOLDER_VARIABLE, None)  # of a run around this one
-        resolved = resolve_run(config, command, ckpt_path)
-        if not self._launch.is_first:
-            return resolved
-        self.resolved = resolved  # if something fails from here on, its folder goes
-        if command == "fit":
-            self._lock = RunLock(resolved.folder)
-            note_job(resolved.folder)
-            self._ranks.remember("folder", str(resolved.folder.resolve()))
-        if self._launch.launcher is None:
-            os.environ[FOLDER_VARIABLE] = str(resolved.folder)
-        for damaged in resolved.passed_over:
-            logger.warning("Passed over the checkpoint %s.", damaged)
-        if resolved.checkpoint is not None:
-            starts = "starting from" if command == "fit" else "using"
-            does = "resuming" if resolved.is_resumed else starts
-            step = step_of(resolved.checkpoint)
-            logger.info("%s: %s %s at step %d", command, does, resolved.checkpoint, step)
-        return resolved
-
-    def _begun_before(self, config: RunConfig) -> str | None:
-        """The checkpoint of the run that this launch began before it was started again."""
-        remembered = self._ranks.remembered("folder")
-        run = Path(remembered) if remembered else begun_before(config)
-        newest = newest_verified(run) if run is not None else None
-        return None if newest is None else str(newest)
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes into the run's folder, whatever loggers were chosen."""
         assert self.subcommand is not None
         chosen = self.config[self.subcommand].trainer.logger
         assert self.resolved is not None
         kwargs["default_root_dir"] = str(self.resolved.folder)
-        kwargs |= self._launch.trainer_settings(self.config_init[self.subcommand].trainer)
+        kwargs |= self._start.launch.trainer_settings(self.config_init[self.subcommand].trainer)
         if chosen is None or chosen is True:
             kwargs["logger"] = run_logger(self.resolved) if self.subcommand == "fit" else False
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"trainer: {first_sentence(error)}") from error
+        if self.subcommand == "fit":  # before rows are read and processes started
+            settle_accumulation(self.datamodule, trainer)
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        essential: list[Any] = [RunMetrics(), StepLayout()]
+        essential: list[Any] = [RunMetrics(), StepLayout(), Rehearsal()]
         if self.subcommand == "predict":
             essential.append(PredictionWriter())
         chosen = config["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         essential += default_bars(chosen, config["enable_progress_bar"])
+        if config["strategy"] == "auto" and (number := num_gpus(Namespace(config))) > 1:
+            config["strategy"] = fitting_strategy(self.model, self.datamodule, number)
         if isinstance(config["strategy"], str):
             config["strategy"] = strategy_named(config["strategy"])
         return super()._instantiate_trainer(config, [*essential, *callbacks])
 
     def _run_subcommand(self, subcommand: str) -> None:
         assert self.resolved is not None
-        if self.resolved.checkpoint is None and subcommand != "fit" and self._launch.is_first:
+        if self.resolved.checkpoint is None and subcommand != "fit" and self._start.launch.is_first:
             print(
                 "No --ckpt_path: the adapters are new, so this looks at the base model.",
                 file=sys.stderr,
@@ -281,7 +238,9 @@ class QLoRACLI(LightningCLI):
                 raise died from end
             if stopped is None:
                 raise
-            if self._launch.is_child:  # one sentence is enough
+            if is_fit and asks_for_requeue(stopped.number):
+                self._start.ranks.before_any_leaves(requeue)
+            if not self._start.launch.is_first:  # one sentence is enough
                 raise SystemExit(stopped.exit_code) from end
             raise stopped from end
         if self.trainer.is_global_zero:
@@ -348,12 +307,15 @@ def complete(run: Namespace) -> Namespace:
     trainer = run.trainer
     if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
         trainer.max_epochs = DEFAULT_EPOCHS
+    if trainer.accumulate_grad_batches is None and run.data.global_batch_size is None:
+        trainer.accumulate_grad_batches = DEFAULT_ACCUMULATION
     return run
 
 
 def check_run(run: Namespace) -> list[str]:
     """Every problem of a parsed run that can be found without reading rows or weights."""
-    if problems := list(not_finite(run.as_dict())):
+    values = run.as_dict()
+    if problems := [*not_finite(values), *secrets_in(_plain(values))]:
         return problems
     model, samples = settings(run.model), settings(run.samples)
     groups: list[Callable[[], Any]] = [
@@ -390,6 +352,13 @@ def check_run(run: Namespace) -> list[str]:
 def settings(group: Namespace) -> dict[str, Any]:
     """The keys of a group, without what the parser notes besides (the file it came from)."""
     return {key: value for key, value in vars(group).items() if not key.startswith("__")}
+
+
+def _plain(value: Any) -> Any:
+    """Values as run.yaml will have them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.plain() if isinstance(value, RowSources) else value
 
 
 def _check_base(name: str) -> None:

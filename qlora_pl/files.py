@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,12 +103,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise TrainingStoppedError(f"'{folder}' exists already and is never overwritten.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder.parent))
+        temporary = temporary_folder(folder.parent)
     except OSError as error:
         raise TrainingStoppedError(_why_not_written(folder, error)) from error
     try:
-        temporary.chmod(0o755)  # mkdtemp makes folders that only their owner may read
         yield temporary
         paths = list(temporary.rglob("*"))
         for path in paths:
@@ -157,6 +154,19 @@ def _link(source: str, destination: str) -> None:
     except OSError:  # a file system without hard links
         shutil.copy2(source, destination)
         _sync_file(Path(destination))
+
+
+def temporary_folder(parent: Path) -> Path:
+    """Make a folder for something that is not whole yet, readable by whom the umask says.
+
+    ``tempfile.mkdtemp`` makes one for its owner alone, whose rights would have to be widened later.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    folder = parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
+    return folder
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -16,7 +16,13 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 
-from qlora_pl.cli import DEFAULT_EPOCHS, TRAINER_DEFAULTS, QLoRAParser, RunReader
+from qlora_pl.cli import (
+    DEFAULT_ACCUMULATION,
+    DEFAULT_EPOCHS,
+    TRAINER_DEFAULTS,
+    QLoRAParser,
+    RunReader,
+)
 from qlora_pl.data.reading.sources import RowSources, SourceConfig
 
 HEAD = """# Configuration: every key
@@ -64,8 +70,9 @@ OWN_WORDS = {
     "is refused. See `model.quantization.compute_dtype`.",
     "trainer.gradient_clip_val": "Largest norm of a step's gradients, over all trained weights "
     "together; 0.3 is the paper's (table 9).",
-    "trainer.accumulate_grad_batches": "Micro-batches of a step on each device; with "
-    "`data.batch_size` 4 these are the paper's 16 rows a step.",
+    "trainer.accumulate_grad_batches": "Micro-batches of a step on each device. `null`: what "
+    f"`data.global_batch_size` leaves; without it {DEFAULT_ACCUMULATION}, with which "
+    "`data.batch_size` 4 makes the paper's 16 rows a step.",
     "trainer.num_sanity_val_steps": "Batches of a validation before training; -1: all, so that "
     "the loss before training is known.",
     "trainer.log_every_n_steps": "Optimizer steps between logged rows; 10 as in the original.",

@@ -16,7 +16,6 @@ from transformers import AutoConfig
 
 from qlora_pl.__main__ import main
 from qlora_pl.cli import read_runs, settings
-from qlora_pl.data.batches.batching import BatchLayout
 from qlora_pl.data.batches.ordering import epoch_steps
 from qlora_pl.data.reading.sources import SourceConfig
 from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
@@ -118,7 +117,7 @@ def test_guanaco_has_the_papers_numbers(size: str, base: str, rate: float, dropo
     assert run.model.schedule.name == "constant"
     assert run.trainer.max_steps == 1875
     assert run.trainer.gradient_clip_val == 0.3
-    assert run.data.batch_size * run.trainer.accumulate_grad_batches == 16
+    assert run.data.global_batch_size == 16
 
 
 # The architecture of each experiment's base: its family, and the shapes that its size depends on.
@@ -263,7 +262,7 @@ def test_a_shrunken_base_trains_the_very_file_for_three_steps(
     assert manifest["step"] == 3
     assert manifest["quantization"]["quant_type"] == run.model.quantization.quant_type
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["rows"] == 3 * run.data.batch_size * run.trainer.accumulate_grad_batches
+    assert metrics["rows"] == 3 * run.data.global_batch_size
     assert (folder / "samples.jsonl").read_text().count("\n") >= 2  # before and after
 
 
@@ -273,9 +272,8 @@ def test_the_fifty_prompts_take_sixty_five_steps(
     (run,) = read_runs([["--config", str(ROOT / "experiments/bloom7b1_prompts.yaml")]])
     (source,) = run.data.sources.sources
     assert source.limit == 50
-    layout = BatchLayout(run.data.batch_size, run.trainer.accumulate_grad_batches)
-    assert layout.global_batch_size == 4
-    steps = epoch_steps(np.full(50, 9), layout.global_batch_size, 0, 0, run.data.group_by_length)
+    assert run.data.global_batch_size == 4
+    steps = epoch_steps(np.full(50, 9), 4, 0, 0, run.data.group_by_length)
     assert len(steps) * run.trainer.max_epochs == 65
 
 

@@ -165,7 +165,7 @@ TRANSLATED: dict[str, Any] = {
     "data.max_target_length": 512,
     "data.encoding": "original",
     "data.batch_size": 1,
-    "trainer.accumulate_grad_batches": 16,
+    "data.global_batch_size": 16,
     "trainer.max_steps": 1875,
     "seed_everything": 0,
     "data.seed": 42,

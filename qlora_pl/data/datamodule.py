@@ -10,10 +10,10 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -22,13 +22,14 @@ from qlora_pl.data.batches.batching import (
     BatchLayout,
     BatchShape,
     EvaluationBatches,
-    InOrderSampler,
     PromptBatches,
     ResumableSampler,
     TrainingBatches,
+    make_loader,
 )
 from qlora_pl.data.batches.collation import make_packing_probe
-from qlora_pl.data.continuing import digest_of, refuse_other_order
+from qlora_pl.data.batches.global_batch import settle_accumulation
+from qlora_pl.data.continuing import describe_order, position_in_layout
 from qlora_pl.data.encoding.encoder import TrainOn
 from qlora_pl.data.encoding.encoder_choice import Encoding
 from qlora_pl.data.encoding.lengths import Overlong
@@ -36,6 +37,7 @@ from qlora_pl.data.reading.normalizing import OnError
 from qlora_pl.data.reading.sources import NO_ROWS, RowSources
 from qlora_pl.data.rows.preparation import EncodedSplit
 from qlora_pl.data.setting_checks import pair_problems, setting_problems
+from qlora_pl.data.sharing import SharedReading, failing_together
 from qlora_pl.data.splits import (
     BaseFacts,
     first_rows,
@@ -48,6 +50,7 @@ from qlora_pl.data.splits import (
 )
 from qlora_pl.data.windows import Windows, open_windows
 from qlora_pl.errors import ConfigurationError
+from qlora_pl.files import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +92,10 @@ class InstructionDataModule(LightningDataModule):
             too large to be read before (streamed ones); None: everything is read first.
         on_error: What becomes of a bad row: ``stop``: the run, naming it. ``skip``: it is left out,
             counted and listed, unless too many are bad (1 %, and ten or more).
-        batch_size: Rows of a micro-batch on one device, or packs where rows are packed. Rows of an
-            optimizer step: ``batch_size`` x ``trainer.accumulate_grad_batches`` x devices.
+        batch_size: Rows of a micro-batch on one device, or packs where rows are packed.
+        global_batch_size: Rows of an optimizer step over all devices (packs where rows are packed,
+            micro-batches with ``tokens_per_batch``), whatever their number. None: ``batch_size`` x
+            ``trainer.accumulate_grad_batches`` x devices.
         eval_batch_size: Rows of a batch in validation, test and prediction; None: ``batch_size``.
         group_by_length: Whether rows of similar length share a step, so that less is padded.
         packing: Whether training rows are put into packs of ``max_length`` tokens that attend to
@@ -127,6 +132,7 @@ class InstructionDataModule(LightningDataModule):
         window: int | None = None,
         on_error: OnError = "stop",
         batch_size: int = 4,
+        global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
         group_by_length: bool = True,
         packing: bool | Literal["auto"] = False,
@@ -159,6 +165,7 @@ class InstructionDataModule(LightningDataModule):
         self._windows: Windows | None = None
         self._first_window = ""
         self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.group_by_length = group_by_length
         self.packing = packing
@@ -172,6 +179,7 @@ class InstructionDataModule(LightningDataModule):
         self.max_train_samples = max_train_samples
         self.max_val_samples = max_val_samples
         self.num_workers = num_workers
+        self.reading = SharedReading()
         self.splits: dict[str, EncodedSplit] = {}
         self.base: BaseFacts | None = None
         """What is known of the model; None: asked of the trainer's."""
@@ -190,9 +198,23 @@ class InstructionDataModule(LightningDataModule):
 
     # -- reading ---------------------------------------------------------------------------------
 
+    def prepare_data(self) -> None:
+        """On one process of each machine: encode for the others."""
+        if self.window is None and self.trainer is not None:
+            stage: Any = self.trainer.state.fn
+            self.reading.by_the_first(self.trainer, self._cache(), lambda: self._read(stage))
+
     def setup(self, stage: str) -> None:
         """Read, encode, check and split the rows; a second call reads nothing."""
         self._resume_from = {"epoch": 0, "position": 0}  # of the run before, if there was one
+        self.reading.by_all(self.trainer, self._cache(), lambda: self._read(stage))
+
+    def _cache(self) -> Path | None:
+        return cache_root(self._base().cache_dir) if self.cache else None
+
+    def _read(self, stage: str) -> None:
+        if stage == "fit":
+            settle_accumulation(self, self.trainer)
         if stage == "test":
             self._setup_test()
         elif "val" not in self.splits:
@@ -242,11 +264,9 @@ class InstructionDataModule(LightningDataModule):
     # -- loaders ---------------------------------------------------------------------------------
 
     def _layout(self, batch_size: int, accumulation: int = 1) -> BatchLayout:
-        if self.trainer is None:
-            return BatchLayout(batch_size, accumulation)
-        return BatchLayout(
-            batch_size, accumulation, self.trainer.world_size, self.trainer.global_rank
-        )
+        trainer = self.trainer
+        place = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        return BatchLayout(batch_size, accumulation, *place)
 
     def _training_layout(self) -> BatchLayout:
         accumulation = getattr(self.trainer, "accumulate_grad_batches", self.accumulation)
@@ -260,7 +280,8 @@ class InstructionDataModule(LightningDataModule):
             epoch = max(resume_from["epoch"], getattr(self.trainer, "current_epoch", 0))
             if epoch != resume_from["epoch"]:
                 resume_from = {"epoch": epoch, "position": 0}
-            self.splits["train"] = self._windows.read(epoch)
+            with failing_together(self.trainer):
+                self.splits["train"] = self._windows.read(epoch)
         split = self.splits["train"]
         batches = TrainingBatches(
             split.rows,
@@ -273,8 +294,7 @@ class InstructionDataModule(LightningDataModule):
         )
         if batches.regroups_rows:
             logger.info("batches: %s", batches)
-        sampler = ResumableSampler(batches, **resume_from)
-        return self._loader(batches, sampler)
+        return make_loader(batches, self.num_workers, ResumableSampler(batches, **resume_from))
 
     def _lines(self) -> BatchShape:
         """The shape of batches that are neither packed nor filled to a budget."""
@@ -333,7 +353,8 @@ class InstructionDataModule(LightningDataModule):
         """The prompts of the validation rows, in their order."""
         prompts, references = prompts_of(self.splits["val"], self.encoder)
         layout, pad_id = self._layout(self.eval_batch_size), self.tokenizer.pad_token_id
-        return self._loader(PromptBatches(prompts, references, layout, pad_id))
+        batches = PromptBatches(prompts, references, layout, pad_id)
+        return make_loader(batches, self.num_workers)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch] | list[Any]:
         rows = self.splits[split].rows
@@ -341,55 +362,36 @@ class InstructionDataModule(LightningDataModule):
             return []
         layout = self._layout(self.eval_batch_size)
         batches = EvaluationBatches(rows, layout, self.tokenizer.pad_token_id, self._lines())
-        return self._loader(batches)
-
-    def _loader(self, batches: Any, sampler: ResumableSampler | None = None) -> DataLoader[Any]:
-        # A generator of its own: every new iterator draws a seed, by default from the global
-        # generator, and a validation would then change the dropout that follows it.
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=InOrderSampler(len(batches)) if sampler is None else sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(0),
-        )
+        return make_loader(batches, self.num_workers)
 
     def _order_seed(self) -> int:
-        if self.seed is not None:
-            return self.seed
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     # -- resuming --------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows form which step, in plain types; kept in every checkpoint."""
-        layout, weights = self._training_layout(), self._multiplicity()
-        rows = self.splits["train"].rows
-        return {
-            "train_rows": self._first_window or rows.fingerprint(),
-            "num_train_rows": None if self.window else len(rows),
-            "window": self.window,
-            "global_batch_size": layout.global_batch_size,
-            "batch_size": layout.batch_size,
-            # A position counts micro-batches: 8 are two steps of one device, or eight of four.
-            "accumulation": layout.accumulation,
-            "group_by_length": self.group_by_length,
-            "seed": self._order_seed(),
-            "pack_tokens": self.max_length if self.is_packed else None,
-            "tokens_per_batch": self.tokens_per_batch,
-            "multiplicity": None if weights is None else digest_of(weights),
-        }
+        rows = self._first_window or self.splits["train"].rows.fingerprint()
+        seed, weights = self._order_seed(), self._multiplicity()
+        return describe_order(self, rows, self._training_layout(), seed, weights)
 
-    def resume_from(self, saved: Mapping[str, Any], epoch: int, position: int) -> None:
+    def resume_from(self, saved: Mapping[str, Any], epoch: int, position: int) -> int:
         """Continue at a micro-batch of an epoch, if the rows and their order are the saved ones.
+
+        Args:
+            saved: What ``describe`` said of the run that wrote the checkpoint.
+            epoch: In which it stopped.
+            position: Micro-batches of the epoch that each of its devices had done.
+
+        Returns:
+            The same point in micro-batches of this run.
 
         Raises:
             CheckpointError: naming each difference.
         """
-        refuse_other_order(saved, self.describe())
+        position = position_in_layout(saved, self.describe(), position)
         self._resume_from = {"epoch": epoch, "position": position}
+        return position
 
     def name_rows(self, row_ids: Sequence[int], split: str = "train") -> list[str]:
         """File and row number of rows of a split, for messages; fillers are left out."""

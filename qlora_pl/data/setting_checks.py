@@ -58,6 +58,10 @@ def _of_batches(data: Any) -> Iterator[tuple[bool, str]]:
         data.eval_batch_size >= 1 or data.eval_batch_size == data.batch_size,
         f"eval_batch_size: must be at least 1, got {data.eval_batch_size}.",
     )
+    yield (
+        data.global_batch_size is None or data.global_batch_size >= 1,
+        f"global_batch_size: must be at least 1, got {data.global_batch_size}.",
+    )
     yield data.num_workers >= 0, f"num_workers: must be 0 or more, got {data.num_workers}."
     if (budget := data.tokens_per_batch) is None:
         return

@@ -21,7 +21,6 @@ from qlora_pl.data.reading.sources import NO_ROWS, RowSources
 from qlora_pl.data.rows.preparation import EncodedSplit, prepare_split
 from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.files import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +98,30 @@ def read_split(
         encoder,
         limits_of(settings),
         key,
-        cache_root(base.cache_dir) if settings.cache else None,
+        settings.reading.folder,
         settings.encoding_processes,
         settings.on_error,
     )
     logger.info("%s: %s", key, split.report)  # what was cut or dropped; parts do not know it
+    if not encoder.is_paired:
+        _warn_of_positions(settings, base, int(split.rows.lengths.max(initial=0)), key)
     return split
+
+
+def _warn_of_positions(settings: Any, base: BaseFacts, longest: int, key: str) -> None:
+    """Most bases go on past their last position without an error, and hardly understand it."""
+    name = base.name or settings.tokenizer_name
+    config = load_model_config(name, base.revision, base.cache_dir)
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        logger.warning(
+            "%s: the longest row has %d tokens, and '%s' knows %d positions "
+            "(max_position_embeddings); lower data.max_length, unless its positions are scaled.",
+            key,
+            longest,
+            name,
+            positions,
+        )
 
 
 def limits_of(settings: Any) -> Limits:

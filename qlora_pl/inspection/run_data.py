@@ -31,7 +31,8 @@ class RowsOfRun(InstructionDataModule):
 
     Args:
         base: What is known of the run's model.
-        accumulation: The run's ``trainer.accumulate_grad_batches``.
+        accumulation: The run's ``trainer.accumulate_grad_batches``, where its data set no
+            ``global_batch_size``.
         settings: The run's ``data``.
     """
 
@@ -118,7 +119,7 @@ def read_run(words: list[str]) -> RunData:
     """
     (run,) = read_runs([words])
     base = BaseFacts.of(run.model)
-    data = RowsOfRun(base, run.trainer.accumulate_grad_batches, **settings(run.data))
+    data = RowsOfRun(base, run.trainer.accumulate_grad_batches or 1, **settings(run.data))
     data.setup()
     return RunData(str(run.run.name), data, {key: data.whole_rows(key) for key in data.read})
 

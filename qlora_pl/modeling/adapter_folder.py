@@ -26,6 +26,7 @@ from torch import Tensor
 from qlora_pl.errors import AdapterFolderError, TrainingStoppedError
 from qlora_pl.files import sha256_bytes, sha256_file, write_folder_atomic
 from qlora_pl.modeling.model_card import model_card
+from qlora_pl.modeling.own_files import lies_in
 
 MANIFEST_FORMAT = 1
 WEIGHTS = "adapter_model.safetensors"
@@ -146,9 +147,12 @@ def read_adapter_folder(folder: Path) -> AdapterManifest:
             f"'{folder}' is not an adapter folder of qlora_pl: it has no manifest.json."
         )
     try:
+        if not lies_in(folder, path.name):
+            raise ValueError("it is a link that leads out of the folder")
         manifest = AdapterManifest(**json.loads(path.read_text()))
-        str(manifest.base["weights"])  # what every reader asks it for
-    except (ValueError, TypeError, KeyError) as error:
+        if not isinstance(manifest.base["weights"], str) or not isinstance(manifest.files, dict):
+            raise ValueError("a fingerprint or the list of files is of another type")
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise AdapterFolderError(f"'{path}' cannot be read ({error}).") from error
     if manifest.format != MANIFEST_FORMAT:
         raise AdapterFolderError(
@@ -156,6 +160,11 @@ def read_adapter_folder(folder: Path) -> AdapterManifest:
             f"the version that wrote it ({manifest.versions.get('qlora-pl', 'unknown')})."
         )
     for name, digest in manifest.files.items():
+        if not lies_in(folder, name):
+            raise AdapterFolderError(
+                f"'{folder}' names the file '{name}', which lies outside of it; a folder of this "
+                "project never does, so ask whoever sent it."
+            )
         if not (folder / name).is_file():
             raise AdapterFolderError(f"'{folder}' lacks {name}, which its manifest names.")
         if sha256_file(folder / name) != digest:

@@ -19,6 +19,7 @@ from qlora_pl.modeling.adapter_folder import WEIGHTS, read_adapter_folder
 from qlora_pl.modeling.adapters import BASE_CHANGING, LoRAConfig, by_module
 from qlora_pl.modeling.eva import start_at_activations
 from qlora_pl.modeling.identity import BaseIdentity
+from qlora_pl.modeling.own_files import lies_in
 
 PICKLED = "adapter_model.bin"
 COMPARED = {
@@ -92,6 +93,12 @@ def locate_adapter(name: str) -> Path:
         raise ConfigurationError(
             f"model.lora.init_from: '{name}' holds no adapter (no adapter_config.json)."
         )
+    for file in ("adapter_config.json", WEIGHTS, PICKLED):
+        if not lies_in(folder, file):
+            raise ConfigurationError(
+                f"model.lora.init_from: '{folder / file}' is a link that leads out of its folder; "
+                "ask whoever sent it, or put the file itself there."
+            )
     return folder
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qlora_pl.batch import PromptBatch
 from qlora_pl.errors import ConfigurationError
+from qlora_pl.modeling.sharding import is_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +78,16 @@ def answer_rows(
     config: DecodingConfig,
 ) -> list[dict[str, Any]]:
     """Answer a batch of prompts: one mapping a row, with its number, prompt, answer, reference."""
+    given = [batch["input_ids"], batch["attention_mask"]]
     if not batch["prompts"]:  # the end of a split that does not divide by the devices
-        return []
-    answers = generate_answers(
-        model, tokenizer, batch["input_ids"], batch["attention_mask"], stop_ids, config
-    )
+        if not is_shared(model):
+            return []
+        given = [tensor.new_ones(1, 1) for tensor in given]  # an answer that nobody wants
+    answers = generate_answers(model, tokenizer, given[0], given[1], stop_ids, config)
     columns = (batch["row_ids"].tolist(), batch["prompts"], answers, batch["references"])
     return [
         {"row": row, "prompt": prompt, "answer": answer, "reference": reference}
-        for row, prompt, answer, reference in zip(*columns, strict=True)
+        for row, prompt, answer, reference in zip(*columns, strict=False)
     ]
 
 
@@ -99,6 +101,8 @@ def generate_answers(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Answer left-padded prompts; modes and random states are as before afterwards.
+
+    Of a model that devices share all have to ask together, each its own prompts.
 
     Args:
         model: A language model, with or without adapters; a decoder beside an encoder writes the
@@ -126,6 +130,7 @@ def generate_answers(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=generation,
+            synced_gpus=is_shared(model),  # whoever is done goes on until all are
             stopping_criteria=[
                 lambda ids, _: torch.full((len(ids),), should_stop(), device=ids.device)
             ],

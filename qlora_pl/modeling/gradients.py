@@ -15,7 +15,7 @@ from torch.distributed import all_reduce
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from qlora_pl.modeling.sharded_optimizer import local_part
+from qlora_pl.modeling.sharded_optimizer import local_shard
 from qlora_pl.modeling.sharded_state import Sharding
 
 
@@ -33,7 +33,7 @@ def total_norm(gradients: Sequence[Tensor]) -> float:
     sharding = Sharding.of(shards[0])
     assert sharding is not None
     # float64: a square of a float32 may overflow
-    square = get_total_norm([local_part(shard) for shard in shards]).double().square()
+    square = get_total_norm([local_shard(shard) for shard in shards]).double().square()
     square = square.to(sharding.device)
     all_reduce(square, group=sharding.group)
     return math.sqrt(float(square) + float(get_total_norm(whole)) ** 2)
@@ -41,7 +41,7 @@ def total_norm(gradients: Sequence[Tensor]) -> float:
 
 def scale_gradients(gradients: Sequence[Tensor], factor: float) -> None:
     """Multiply every gradient in place, each device its own part."""
-    torch._foreach_mul_([local_part(gradient) for gradient in gradients], factor)
+    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
 
 
 def clip_gradients(gradients: Sequence[Tensor], max_norm: float, norm: float) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from qlora_pl.errors import ConfigurationError, TrainingStoppedError
 from qlora_pl.files import cache_root, sha256_file, write_json
+from qlora_pl.modeling.own_files import is_plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,27 @@ def refuse_unpinned_code(name: str, revision: str | None, trust_remote_code: boo
         )
 
 
+def refuse_code_from_elsewhere(folder: Path) -> None:
+    """Code that may run is the folder's own; another repository's has no revision that was named.
+
+    Raises:
+        ConfigurationError: if config.json names code of another repository (``owner/name--``).
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        named = (config.get("auto_map") or {}).values()
+    except (OSError, ValueError, AttributeError):
+        return  # no configuration that could name any; reading it says what is wrong
+    for entry in named:
+        for place in entry if isinstance(entry, list) else [entry]:
+            if "--" in str(place):
+                raise ConfigurationError(
+                    f"model.trust_remote_code: '{folder}' takes its code from another repository "
+                    f"('{str(place).partition('--')[0]}'), whose newest version would be run; copy "
+                    "the code that you read into the folder, and correct auto_map in config.json."
+                )
+
+
 def _snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -173,11 +195,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(map(str, set(json.loads(index.read_text())["weight_map"].values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(
             f"model.model_name_or_path: '{index}' is no index of weights; fetch it again."
         ) from error
+    if outside := [name for name in names if not is_plain_name(name)]:
+        raise ConfigurationError(
+            f"model.model_name_or_path: '{index}' names '{outside[0]}', which lies outside of its "
+            "folder; fetch it again, from a source that you trust."
+        )
     files = [index.parent / name for name in names]
     if missing := [path.name for path in files if not path.is_file()]:
         raise ConfigurationError(

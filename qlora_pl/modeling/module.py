@@ -18,18 +18,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.errors import CheckpointError
 from qlora_pl.modeling.adapter_start import Start, find_start, start_adapters
 from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
 from qlora_pl.modeling.assembly import load_adapted, shards_parameters
 from qlora_pl.modeling.base_checksum import BaseWatch
-from qlora_pl.modeling.compatibility import describe_run, differences, refuse_other_tensors
+from qlora_pl.modeling.compatibility import describe_run, refuse_other_tensors
 from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
 from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
 from qlora_pl.modeling.full_training import refuse_packed_weights
@@ -39,7 +37,12 @@ from qlora_pl.modeling.loading import LoadedBase, prepare_for_training
 from qlora_pl.modeling.loss import Normalization
 from qlora_pl.modeling.micro_batches import MicroBatchRunner, OnOutOfMemory
 from qlora_pl.modeling.mixed_precision import SkippedSteps, choose_precision
-from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
+from qlora_pl.modeling.module_checkpoint import (
+    PIECES,
+    add_to_checkpoint,
+    key_by_index,
+    refuse_other_run,
+)
 from qlora_pl.modeling.optimizers import (
     OptimizerConfig,
     ScheduleConfig,
@@ -53,7 +56,7 @@ from qlora_pl.modeling.plan import AttentionKernel, build_skeleton
 from qlora_pl.modeling.prequantized import make_plan
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.sharded_loading import refuse_unshardable
-from qlora_pl.modeling.sharding import copy_into, unit_names, whole
+from qlora_pl.modeling.sharding import copy_into, is_sharded, unit_names, whole
 from qlora_pl.modeling.split_loss import SplitLoss
 from qlora_pl.modeling.state_precision import refuse_shard_count
 from qlora_pl.modeling.step import (
@@ -68,10 +71,6 @@ from qlora_pl.modeling.summary import summarize
 from qlora_pl.modeling.vocabulary import check_vocabulary, rows_of
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_KEY = "qlora_pl"
-BASE_KEY = "frozen_base"
-PIECES_KEY = "micro_batch_pieces"
 
 
 class QLoRAModule(LightningModule):
@@ -311,7 +310,8 @@ class QLoRAModule(LightningModule):
         trained = self.trained_tensors()
         optimizer = build_optimizer(self.optimizer_config, list(trained.items()))
         if self._resumed is not None:
-            self._name_to_index(self._resumed, optimizer)
+            key_by_index(self, self._resumed, optimizer)
+            self._resumed = None
         schedule = build_schedule(self.schedule_config, optimizer, self._num_training_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -333,7 +333,10 @@ class QLoRAModule(LightningModule):
         Sharded ones are made whole, for which every process has to ask.
         """
         prefix = kwargs.get("prefix", "")
-        return {f"{prefix}{name}": whole(p.detach()) for name, p in self.trained_tensors().items()}
+        return {
+            f"{prefix}{name}": whole(p.detach()).cpu() if is_sharded(p) else p.detach()
+            for name, p in self.trained_tensors().items()
+        }
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -359,15 +362,7 @@ class QLoRAModule(LightningModule):
             TrainingStoppedError: if the frozen base has changed since it was loaded.
         """
         self._check_base(f"before step {self.trainer.global_step} was saved")
-        checkpoint[BASE_KEY] = self.base_watch.state_dict(self.device)
-        checkpoint[CHECKPOINT_KEY] = self.describe()
-        checkpoint[PIECES_KEY] = self.runner.state_dict()
-        if "optimizer_states" in checkpoint:
-            named = list(self.trained_tensors().items())
-            checkpoint["optimizer_states"] = [
-                named_optimizer_state(_unwrap(optimizer), named)
-                for optimizer in self.trainer.optimizers
-            ]
+        add_to_checkpoint(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what another base, adapter or optimizer wrote.
@@ -375,29 +370,9 @@ class QLoRAModule(LightningModule):
         Raises:
             CheckpointError: naming each difference with both values.
         """
-        if CHECKPOINT_KEY not in checkpoint:
-            raise CheckpointError("The checkpoint was not written by qlora_pl; it holds no record.")
-        is_training = self.trainer.state.fn == TrainerFn.FITTING
-        saved = checkpoint[CHECKPOINT_KEY]
-        if problems := list(differences(saved, self.describe(), is_training)):
-            raise CheckpointError(problems)
-        self.runner.load_state_dict(checkpoint.get(PIECES_KEY, {}))
-        if BASE_KEY in checkpoint:
-            self.base_watch.compare(checkpoint[BASE_KEY], self.device)
+        refuse_other_run(self, checkpoint)
+        self.runner.load_state_dict(checkpoint.get(PIECES, {}))
         if not self.trainer.optimizers:  # Lightning restores the model before it builds these
             self._resumed = checkpoint
         else:
-            self._name_to_index(checkpoint, _unwrap(self.trainer.optimizers[0]))
-
-    def _name_to_index(self, checkpoint: dict[str, Any], optimizer: Optimizer) -> None:
-        named = list(self.trained_tensors().items())
-        checkpoint["optimizer_states"] = [
-            optimizer_state_from_names(state, optimizer, named)
-            for state in checkpoint["optimizer_states"]
-        ]
-        self._resumed = None
-
-
-def _unwrap(optimizer: Any) -> Optimizer:
-    inner: Optimizer = getattr(optimizer, "_optimizer", optimizer)
-    return inner
+            key_by_index(self, checkpoint, self.trainer.optimizers[0])

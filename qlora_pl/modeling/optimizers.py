@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.bitsandbytes_state import settled
-from qlora_pl.modeling.sharded_optimizer import ShardedOptimizer, local_part
+from qlora_pl.modeling.sharded_optimizer import ShardedOptimizer, local_shard
 from qlora_pl.modeling.state_precision import (
     report_float32_state,
     shard_rows,
@@ -227,7 +227,7 @@ def build_optimizer(config: OptimizerConfig, named_parameters: NamedParameters) 
 
     class_name = _BITSANDBYTES_CLASSES[config.name]
     if class_name.startswith("Paged") and any(
-        local_part(parameter).device.type == "cpu" for parameter in parameters
+        local_shard(parameter).device.type == "cpu" for parameter in parameters
     ):
         class_name = class_name.removeprefix("Paged")
         logger.warning(

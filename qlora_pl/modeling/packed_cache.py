@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_pl.errors import TrainingStoppedError
-from qlora_pl.files import TEMPORARY_PREFIX, cache_root, sha256_bytes, sha256_file, write_json
+from qlora_pl.files import (
+    TEMPORARY_PREFIX,
+    cache_root,
+    sha256_bytes,
+    sha256_file,
+    temporary_folder,
+    write_json,
+)
 from qlora_pl.modeling.identity import BaseIdentity
 from qlora_pl.modeling.packed_model import NamedTensors, named_tensors
 from qlora_pl.modeling.quantization import BLOCK_SIZE, QuantizationConfig
@@ -103,12 +109,11 @@ def write_packed(model: nn.Module, folder: Path) -> None:
         if shutil.disk_usage(root).free < needed:
             logger.warning("No room in '%s' to keep the packed weights; going on without.", root)
             return
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=root))
+        temporary = temporary_folder(root)
         held = _write_tensors(model, temporary)
         digests = {p.name: sha256_file(p) for p in sorted(temporary.iterdir())}
         record = {"format": CACHE_FORMAT, "files": digests, "tensors": held}
         write_json(temporary / RECORD, record | {"digest": _digest(record)})
-        temporary.chmod(0o755)
         temporary.rename(folder)
     except (OSError, SafetensorError, TrainingStoppedError) as error:
         if not folder.exists():  # it does if another process was faster, which is as good

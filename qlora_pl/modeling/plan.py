@@ -17,6 +17,7 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.encoder_decoder import auto_class, refuse_unknown_start
+from qlora_pl.modeling.identity import refuse_code_from_elsewhere
 from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.modeling.structure import (
     Role,
@@ -71,6 +72,8 @@ def build_skeleton(
     """
     from transformers import AutoConfig  # slow to import
 
+    if trust_remote_code:
+        refuse_code_from_elsewhere(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):

@@ -38,7 +38,7 @@ class ShardedOptimizer(Optimizer):
         """
         # before torch adds its own keys to the groups
         inner_groups = [
-            {**group, "params": [nn.Parameter(local_part(p)) for p in group["params"]]}
+            {**group, "params": [nn.Parameter(local_shard(p)) for p in group["params"]]}
             for group in groups
         ]
         super().__init__(groups, defaults={})
@@ -64,8 +64,8 @@ class ShardedOptimizer(Optimizer):
         self.inner.place_loaded_state()
         for parameter, shard in self._shards.items():
             # FSDP2 replaces a shard's memory when parameters are moved or loaded
-            shard.data = local_part(parameter)
-            shard.grad = None if parameter.grad is None else local_part(parameter.grad)
+            shard.data = local_shard(parameter)
+            shard.grad = None if parameter.grad is None else local_shard(parameter.grad)
         self._count_empty_shards()
         self.inner.step()
         for shard in self._shards.values():
@@ -112,7 +112,7 @@ class ShardedOptimizer(Optimizer):
             own.update({key: value for key, value in theirs.items() if key != "params"})
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This device's part of a tensor, in the same memory; all of a plain one."""
     plain = tensor.detach()
     return plain.to_local() if isinstance(plain, DTensor) else plain

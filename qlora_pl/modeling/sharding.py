@@ -1,8 +1,8 @@
 """A model cut over devices along the first dimension of every parameter (torch's FSDP2).
 
-A unit is what is whole on a device at a time: one decoder layer, and what lies outside of them
-(embedding, head, last norm). Packed 4-bit matrices are cut as the bytes they are; what they are
-decoded with (0.016 bytes a weight with double quantisation) stays whole beside each layer.
+A unit is what is whole on a device at a time: one decoder layer, the embedding or the head. Packed
+4-bit matrices are cut as the bytes they are; what they are decoded with (0.016 bytes a weight with
+double quantisation) stays whole beside each layer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ def is_sharded(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether devices hold parts of a model, and have to go through it together."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ def copy_into(target: Tensor, full: Tensor) -> None:
 
 
 def unit_names(model: nn.Module) -> list[str]:
-    """The decoder layers (of an encoder-decoder model the encoder's too), by name.
+    """What is cut apart: decoder layers (an encoder's too), and untied embedding and head.
 
     Args:
         model: A transformers model, with or without adapters.
@@ -78,7 +83,17 @@ def unit_names(model: nn.Module) -> list[str]:
             f"trainer.strategy: transformers does not say which modules of a {type(base).__name__} "
             "are its layers, so fsdp2 cannot cut it; take ddp."
         )
-    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    layers = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return [*layers, *_ends(model)]
+
+
+def _ends(model: nn.Module) -> list[str]:
+    """Embedding and head, the widest matrices, where they are two; tied ones cannot be parted."""
+    embedding = cast(Any, model).get_input_embeddings()
+    head = cast(Any, model).get_output_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return []
+    return [name for name, module in model.named_modules() if module in (embedding, head)]
 
 
 def shard(module: nn.Module, mesh: Any, offload: bool) -> None:
@@ -93,7 +108,8 @@ def shard(module: nn.Module, mesh: Any, offload: bool) -> None:
 
     is_cuda = mesh.device_type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=is_cuda) if offload else OffloadPolicy()
-    fully_shard(module, mesh=mesh, offload_policy=policy)
+    # Said of the root too: left whole after a validation, it would be saved by other objects.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     for inner in module.modules():
         state = getattr(inner, "quant_state", None)
         weight = inner._parameters.get("weight")

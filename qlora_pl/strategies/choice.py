@@ -12,7 +12,9 @@ from qlora_pl.strategies.ddp import AdapterDDP
 from qlora_pl.strategies.fsdp2 import FSDP2Strategy
 
 NAMES = ("auto", "ddp", "fsdp2", "fsdp2_offload")
-"""Names that a run may give; auto is one process, or ddp on several devices."""
+"""Names that a run may give; auto is one process, or on several GPUs what fits them."""
+USABLE = 0.92
+"""Share of a device's memory that an estimate may fill."""
 FSDP1 = ("fsdp", "fsdp_cpu_offload", "fully_sharded")
 
 
@@ -66,3 +68,23 @@ def strategy_named(name: str) -> Strategy | str:
     if name.startswith("fsdp2"):
         return FSDP2Strategy(cpu_offload=name == "fsdp2_offload")
     return AdapterDDP() if name == "ddp" else name
+
+
+def choose_strategy(whole: float, shared: float, memory: float) -> tuple[str, str]:
+    """The strategy for several devices where none was named, and why, in a sentence.
+
+    Args:
+        whole: Bytes that training takes of a device which holds the whole base.
+        shared: The same where the devices share it.
+        memory: Bytes of the smallest device.
+    """
+    usable = USABLE * memory
+    sizes = f"{whole / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+    if whole <= usable:
+        return "ddp", f"strategy: ddp, since the whole base trains in about {sizes} on each device."
+    name = "fsdp2" if shared <= usable else "fsdp2_offload"
+    waits = "" if shared <= usable else ", so that parts wait in host memory"
+    return name, (
+        f"strategy: {name}, since the whole base would take about {sizes}; shared it takes about "
+        f"{shared / 2**30:.1f} on each device{waits}."
+    )

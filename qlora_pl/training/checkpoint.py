@@ -40,7 +40,9 @@ from qlora_pl.training.checkpoint_writer import CheckpointWriter, host_copy
 from qlora_pl.training.monitoring import validate_now
 from qlora_pl.training.random_state import restore_random_states
 from qlora_pl.training.resuming import (
+    carry_over,
     clipping,
+    random_states_of,
     refuse_other_clipping,
     refuse_unknown_metric,
     take_up_schedules,
@@ -135,8 +137,7 @@ class AdapterCheckpoint(Checkpoint):
         if self._loaded is None:
             return
         loaded, self._loaded = self._loaded, None
-        states = loaded["random_states"]
-        restore_random_states(states[min(trainer.global_rank, len(states) - 1)])
+        restore_random_states(random_states_of(loaded["random_states"], trainer))
         take_up_schedules(trainer)
         self.last_checkpoint = Path(str(trainer.ckpt_path))
         if loaded["boundary"].get("is_validation_due"):
@@ -253,6 +254,10 @@ class AdapterCheckpoint(Checkpoint):
         if request.number is None or isinstance(exception, SIGTERMException | QLoRAError):
             return False
         return request.is_patient and not self._is_stepping and trainer.world_size == 1
+
+    def is_stop_agreed(self) -> bool:
+        """Whether any rank is to stop; all of them ask at the same time."""
+        return self._agreement.agree(self._word()) != GO_ON
 
     def _stop_if_agreed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (word := self._agreement.exchange(self._word())) != GO_ON:
@@ -385,7 +390,8 @@ class AdapterCheckpoint(Checkpoint):
         boundary = checkpoint["boundary"]
         data = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "resume_from") and checkpoint["data"] is not None:
-            data.resume_from(checkpoint["data"], boundary["epoch"], boundary["position"])
+            at = data.resume_from(checkpoint["data"], boundary["epoch"], boundary["position"])
+            carry_over(checkpoint, at, trainer)
         self.scores = dict(checkpoint["scores"])
         self.saved_steps = list(checkpoint["saved_steps"])
         self._loaded = checkpoint

@@ -45,11 +45,17 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         """Load tensors and primitives onto the CPU.
 
         Raises:
-            CheckpointError: if the file is not what was written.
+            CheckpointError: if the file is not what was written, or holds code.
         """
         if damage(Path(path), anew=True) is not None:
             raise CheckpointError(f"'{path}' is damaged or has no digest; use another checkpoint.")
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # UnpicklingError, RuntimeError: whoever wrote its digest too
+            raise CheckpointError(
+                f"'{path}' holds more than tensors and plain values, which is not run here, or is "
+                "no checkpoint at all; use one that qlora_pl wrote."
+            ) from error
         return loaded
 
 

@@ -28,6 +28,7 @@ def collect_random_states() -> dict[str, Any]:
         },
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda_device": torch.cuda.current_device() if torch.cuda.is_available() else None,
     }
 
 
@@ -39,5 +40,10 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     keys = held["keys"].numpy().astype(np.uint32)
     np.random.set_state((held["name"], keys, held["position"], held["has_gauss"], held["cached"]))
     torch.set_rng_state(states["torch"].cpu())
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    saved, device = states["cuda"], states.get("cuda_device")
+    if not torch.cuda.is_available() or not saved:
+        return
+    if len(saved) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in saved])
+    elif device is not None:  # another number of GPUs is visible; the process had and has one
+        torch.cuda.set_rng_state(saved[device].cpu())

@@ -26,16 +26,11 @@ from uuid import uuid4
 import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from qlora_pl.errors import (
-    ConfigurationError,
-    HardwareError,
-    QLoRAError,
-    TrainingStoppedError,
-)
+from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError, TrainingStoppedError
 from qlora_pl.training.launching import Launch, meeting_point
 
 MEETING_SECONDS = 1800.0
-"""How long the processes wait for each other at a start; torch's own time for the same."""
+"""How long the processes wait for each other at a start, unless the run says otherwise."""
 LEAVING_SECONDS = 30.0
 """How long one that has failed waits for the others, to tell them."""
 LATE_SECONDS = 5.0
@@ -50,6 +45,7 @@ class Ranks:
     """
 
     def __init__(self, launch: Launch) -> None:
+        self.patience_seconds = MEETING_SECONDS
         self._launch = launch
         self._is_alone = launch.launcher is None
         self._has_begun = False
@@ -82,7 +78,7 @@ class Ranks:
             return decide()
         given = digests({**given, "torch": torch.__version__})
         if self._launch.rank != 0:
-            self._meet(MEETING_SECONDS)
+            self._meet(self.patience_seconds)
             self._report("given", {"given": given})
             value = self._hear()
             self._report("look", {"problem": look(value)})
@@ -94,7 +90,7 @@ class Ranks:
 
     def _lead(self, given: Mapping[str, str], decide: Callable[[], Any]) -> dict[str, Any]:
         try:
-            self._meet(MEETING_SECONDS)
+            self._meet(self.patience_seconds)
             self._gather("given", given)
             value: dict[str, Any] = decide()
             self._tell({"value": value})
@@ -143,12 +139,26 @@ class Ranks:
         own.exit_code = error.exit_code
         return own
 
+    def before_any_leaves(self, act: Callable[[], Any]) -> None:
+        """Have rank 0 do what ends the others, or what their end would keep it from doing."""
+        if self._launch.is_child:
+            return
+        ignore_sigterm()
+        if self._is_alone or self._session is None:
+            act()
+        elif self._launch.rank == 0:
+            act()
+            self._session.set("acted", "")
+        else:
+            with suppress(DistError):
+                self._session.wait(["acted"], timedelta(seconds=LEAVING_SECONDS))
+
     # -- words -----------------------------------------------------------------------------------
 
     def _hear(self) -> Any:
         assert self._session is not None
         key = f"word/{self._num_heard}"
-        self._wait(key, MEETING_SECONDS)
+        self._wait(key, self.patience_seconds)
         word = json.loads(self._session.get(key))
         if "exit_code" in word:
             ignore_sigterm()
@@ -184,7 +194,7 @@ class Ranks:
         """Read what every other rank reports, and refuse to start on any problem."""
         problems: list[str] = []
         for rank in range(1, self._launch.num_processes):
-            self._wait(f"{what}/{rank}", MEETING_SECONDS)
+            self._wait(f"{what}/{rank}", self.patience_seconds)
             assert self._session is not None
             said = json.loads(self._session.get(f"{what}/{rank}"))
             who = f"Rank {rank} on {said['host']}"

@@ -1,15 +1,23 @@
-"""What a run compares and sets right before it trains on from a checkpoint."""
+"""What a run compares and sets right before it trains on from a checkpoint.
+
+The checkpoint may be of a run on other devices: its counts of micro-batches are turned into those
+that this run would have come to, and a device that the other run had not gets random states.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
+import numpy as np
+from lightning.pytorch import Trainer, seed_everything
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_pl.errors import CheckpointError, ConfigurationError, did_you_mean
+from qlora_pl.training.random_state import collect_random_states
+from qlora_pl.training.trainer_settings import micro_batches_of_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +46,81 @@ def refuse_other_clipping(saved: Mapping[str, Any], trainer: Trainer) -> None:
     ]
     if problems:
         raise CheckpointError(problems)
+
+
+def carry_over(checkpoint: dict[str, Any], position: int, trainer: Trainer) -> None:
+    """Make a checkpoint of other devices or micro-batches one that this run could have written.
+
+    Lightning counts micro-batches, within the epoch and over all, where everything else in a
+    checkpoint counts optimizer steps. A checkpoint of the same layout is left as it is.
+
+    Args:
+        checkpoint: What Lightning is about to restore its loops from.
+        position: The checkpoint's place in the epoch, in this run's micro-batches.
+        trainer: Of this run.
+
+    Raises:
+        CheckpointError: if the loss depends on what differs.
+    """
+    saved = checkpoint["data"]
+    now = trainer.datamodule.describe()  # type: ignore[attr-defined]
+    if all(saved[name] == now[name] for name in ("batch_size", "accumulation")):
+        return
+    _refuse_other_means(saved["batch_size"], now["batch_size"], trainer)
+    boundary = checkpoint["boundary"]
+    if now["window"] is None:
+        total = boundary["epoch"] * micro_batches_of_epoch(trainer) + position
+    else:  # how many rows earlier windows kept is not known without encoding them
+        total = boundary["step"] * now["accumulation"]
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for scope, count in (("total", total), ("current", position)):
+        batches[scope].update(dict.fromkeys(("ready", "started", "processed", "completed"), count))
+    if trainer.is_global_zero:
+        logger.info(
+            "The checkpoint's steps were cut into %d micro-batches of %d on each device, and go on "
+            "as %d of %d on each of %d.",
+            *(layout[name] for layout in (saved, now) for name in ("accumulation", "batch_size")),
+            trainer.world_size,
+        )
+        if isinstance(trainer.val_check_interval, int):
+            logger.warning(
+                "trainer.val_check_interval: %d counts micro-batches, of which a step had %d and "
+                "has %d now.",
+                trainer.val_check_interval,
+                saved["accumulation"],
+                now["accumulation"],
+            )
+
+
+def _refuse_other_means(before: int, now: int, trainer: Trainer) -> None:
+    """Where each micro-batch weighs the same, other micro-batches are another loss."""
+    mean = getattr(trainer.lightning_module, "normalize_loss_by", "")
+    if mean == "micro_batches" and before != now:
+        raise CheckpointError(
+            f"The checkpoint was trained with data.batch_size={before}, this run has {now}, and "
+            "with model.normalize_loss_by: micro_batches the loss depends on it. Use the "
+            "checkpoint's value, or start without --ckpt_path."
+        )
+
+
+def random_states_of(states: Sequence[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
+    """The random states that this device goes on with.
+
+    Its own where the checkpoint's run had a device of its rank. Otherwise those that follow from
+    the seed, the rank and the step, so that no two devices, and no two resumes, draw alike.
+
+    Args:
+        states: Of each device of the checkpoint's run, by rank.
+        trainer: Of this run.
+    """
+    rank, step = trainer.global_rank, trainer.global_step
+    if rank < len(states):
+        return states[rank]
+    run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+    drawn = np.random.SeedSequence([run_seed, rank, step]).generate_state(1)
+    seed_everything(int(drawn[0]), verbose=False)
+    os.environ["PL_GLOBAL_SEED"] = str(run_seed)  # which that has changed
+    return collect_random_states()
 
 
 def take_up_schedules(trainer: Trainer) -> None:

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from qlora_pl.files import write_atomic, write_json
+from qlora_pl.redaction import redact
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.run_folder import Resolved, step_of
 
@@ -117,7 +118,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Versions, hardware, code and command."""
     return {
-        "command": ["qlora-pl", *sys.argv[1:]],
+        "command": ["qlora-pl", *map(redact, sys.argv[1:])],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -19,7 +19,8 @@ from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import append_synced, write_atomic
 from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
-from qlora_pl.training.stopping import request_of
+from qlora_pl.modeling.sharding import is_shared
+from qlora_pl.training.stopping import is_told_to_stop
 
 
 class SampleWriter(Callback):
@@ -78,9 +79,10 @@ class SampleWriter(Callback):
 
     def _ask(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or data is None:
+        model = cast(nn.Module, pl_module.model)
+        if data is None or not (trainer.is_global_zero or is_shared(model)):
             return
-        conversations, request = self._conversations(data), request_of(trainer)
+        conversations = self._conversations(data)
         if not conversations:
             return
         prompts = [data.encoder.encode_prompt(conversation) for conversation in conversations]
@@ -88,18 +90,19 @@ class SampleWriter(Callback):
             prompts, [""] * len(prompts), np.arange(len(prompts)), data.tokenizer.pad_token_id
         )
         answers = generate_answers(
-            cast(nn.Module, pl_module.model),
+            model,
             data.tokenizer,
             batch["input_ids"].to(pl_module.device),
             batch["attention_mask"].to(pl_module.device),
             data.encoder.stop_ids,
             self.decoding,
-            should_stop=lambda: request.number is not None,
+            should_stop=lambda: is_told_to_stop(trainer, together=is_shared(model)),
         )
-        if request.number is not None:  # a resumed run asks again
+        if is_told_to_stop(trainer, together=is_shared(model)):  # a resumed run asks again
             return
         self._asked_at = trainer.global_step
-        self._write(trainer, [c.messages[-1].content for c in conversations], answers)
+        if trainer.is_global_zero:
+            self._write(trainer, [c.messages[-1].content for c in conversations], answers)
 
     def _conversations(self, data: Any) -> list[Conversation]:
         if self.prompts is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,11 @@ def name_for_scontrol(variables: Mapping[str, str] = os.environ) -> str | None:
     """
     array, task = (variables.get(f"SLURM_ARRAY_{part}") for part in ("JOB_ID", "TASK_ID"))
     return f"{array}_{task}" if array and task else variables.get("SLURM_JOB_ID")
+
+
+def asks_for_requeue(number: int | None) -> bool:
+    """Whether a signal is the one of ``#SBATCH --signal=SIGUSR1@120``, in a job."""
+    return number == signal.SIGUSR1 and name_for_scontrol() is not None
 
 
 def requeue() -> bool:

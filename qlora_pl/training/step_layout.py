@@ -34,7 +34,7 @@ def layout_line(trainer: Any) -> str:
     if processes > 1:
         where += f" on {nodes} node{'s' * (nodes != 1)}"
     strategy = trainer.strategy
-    name = getattr(strategy, "strategy_name", type(strategy).__name__)
+    name = "fsdp2" if getattr(strategy, "shards_parameters", False) else "ddp"
     shown = f"{name}, {strategy.root_device.type}" if processes > 1 else strategy.root_device.type
     return f"{where} ({shown}): {step_in_words(trainer)}"
 

@@ -112,6 +112,19 @@ def request_of(trainer: Any) -> StopRequest:
     return request if isinstance(request, StopRequest) else StopRequest()
 
 
+def is_told_to_stop(trainer: Any, together: bool) -> bool:
+    """Whether to leave off what a resumed run does again.
+
+    Args:
+        trainer: Of the run.
+        together: Whether all ranks ask this at the same points, and so have to be told alike.
+    """
+    agree = getattr(trainer.checkpoint_callback, "is_stop_agreed", None)
+    if together and agree is not None:
+        return bool(agree())
+    return request_of(trainer).number is not None
+
+
 @contextmanager
 def leaving_on_signals(trainer: Trainer) -> Iterator[StopRequest]:
     """Let SIGTERM and SIGUSR1 within the block be ``StopRequest``'s.

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 from qlora_pl.errors import ConfigurationError
 
 LARGEST_SEED = 2**32 - 1  # numpy's
+
+
+class RunTrainer(Trainer):
+    """Lightning's trainer, which knows whether an accumulation was asked for.
+
+    Args:
+        accumulate_grad_batches: Micro-batches of a step on each device; None: what
+            ``data.global_batch_size`` leaves, or 1.
+    """
+
+    def __init__(
+        self, *args: Any, accumulate_grad_batches: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, accumulate_grad_batches=accumulate_grad_batches or 1, **kwargs)
+        self.chosen_accumulation = accumulate_grad_batches
 
 
 def check_seed(seed: int | bool) -> None:
@@ -65,14 +82,19 @@ def refuse_long_interval(trainer: Any) -> None:
     counts_in_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
     if trainer.datamodule is None or not isinstance(interval, int) or not counts_in_epoch:
         return
-    num_batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
-    num_batches = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    num_batches = micro_batches_of_epoch(trainer)
     if interval > num_batches:
         raise ConfigurationError(
             f"trainer.val_check_interval: {interval} is more than the {num_batches} micro-batches "
             "of an epoch; lower it, or set trainer.check_val_every_n_epoch: null to count on "
             "across epochs."
         )
+
+
+def micro_batches_of_epoch(trainer: Any) -> int:
+    """What each device does in an epoch, before Lightning has counted it."""
+    num_batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
 
 
 def _interval_problem(interval: Any) -> str | None:

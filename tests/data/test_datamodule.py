@@ -458,7 +458,7 @@ def test_a_run_after_a_resumed_one_starts_at_the_beginning(
     [
         ({"sources": ROWS[:-1]}, "the training rows"),
         ({"template": "guanaco"}, "the training rows (or their template, tokenizer or length)"),
-        ({"batch_size": 3}, "data.batch_size: it had 2, this run has 3"),
+        ({"batch_size": 3}, "(data.global_batch_size): it had 2, this run has 3"),
         ({"seed": 4}, "the seed of the order of rows: it had 3, this run has 4"),
         ({"group_by_length": False}, "data.group_by_length: it had True, this run has False"),
         ({"max_train_samples": 7}, "the number of training rows: it had 25, this run has 7"),
@@ -473,19 +473,6 @@ def test_a_checkpoint_of_other_rows_or_another_order_is_refused(
     with pytest.raises(CheckpointError) as caught:
         other.resume_from(saved, epoch=0, position=2)
     assert words in str(caught.value)
-
-
-def test_a_position_is_not_taken_over_by_another_accumulation(
-    ready: Callable[..., InstructionDataModule],
-):
-    """Eight micro-batches are two steps of one device, but eight of four devices.
-
-    The rows of a step and the batch size are equal, so nothing else tells the two apart.
-    """
-    saved = on_device(ready(val_size=5, seed=3), 0, 1, accumulation=4).describe()
-    other = on_device(ready(val_size=5, seed=3), 0, 4, accumulation=1)
-    with pytest.raises(CheckpointError, match=r"accumulate_grad_batches: it had 4, this run has 1"):
-        other.resume_from(saved, epoch=0, position=8)
 
 
 def test_what_describes_the_order_is_plain(ready: Callable[..., InstructionDataModule]):

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from qlora_pl.modeling.gradients import clip_gradients, total_norm
 from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
 from qlora_pl.modeling.optimizers import OptimizerConfig, build_optimizer
-from qlora_pl.modeling.sharded_optimizer import ShardedOptimizer, local_part
+from qlora_pl.modeling.sharded_optimizer import ShardedOptimizer, local_shard
 
 Shard = Callable[[nn.Module], None]
 
@@ -184,8 +184,9 @@ def facts(optimizer: Optimizer, module: Adapters) -> dict[str, Any]:
             for name, p in module.named().items()
             if optimizer.local_state(p)["state1"].dtype == torch.uint8
         }
+        found["steps"] = {optimizer.local_state(p)["step"] for p in module.parameters()}
         found["aliases"] = {
-            name: optimizer._shards[p].data_ptr() == local_part(p).data_ptr()
+            name: optimizer._shards[p].data_ptr() == local_shard(p).data_ptr()
             for name, p in module.named().items()
         }
     return found
@@ -195,7 +196,7 @@ def state_storage_bytes(optimizer: Optimizer) -> int:
     """Bytes of the storages that hold this device's state, each storage counted once."""
     state = getattr(optimizer, "inner", optimizer).state
     values = [value for held in state.values() for value in held.values()]
-    storages = [local_part(v).untyped_storage() for v in values if isinstance(v, Tensor)]
+    storages = [local_shard(v).untyped_storage() for v in values if isinstance(v, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -17,6 +17,7 @@ from optimizer_steps import (
     CONFIGS,
     IN_8_BITS,
     SHAPES,
+    STEPS,
     Adapters,
     build,
     fit,
@@ -128,6 +129,14 @@ def test_what_is_stepped_is_the_parameters_own_memory(devices: Path) -> None:
         for key, found in facts.items():
             for name, is_same in found.get("aliases", {}).items():
                 assert is_same, (key, name)
+
+
+@number_of_devices
+def test_a_device_without_a_row_of_a_tensor_counts_its_steps_too(devices: Path) -> None:
+    for facts in torch.load(devices / "facts.pt", weights_only=False):
+        counted = [found["steps"] for found in facts.values() if "steps" in found]
+        assert counted
+        assert all(steps == {STEPS} for steps in counted)
 
 
 @pytest.mark.parametrize("offloaded", ["", "offloaded "])

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.base_checksum import combined, frozen_checksums
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
@@ -103,19 +104,19 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         devices=devices,
         strategy=strategy_of(settings["strategy"]),
         logger=False,
-        enable_checkpointing=settings.get("saves", True),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=-1,
-        callbacks=[
-            losses,
-            *([AdapterCheckpoint(every_n_steps=2)] if settings.get("saves", True) else []),
-        ],
+        callbacks=[losses, AdapterCheckpoint(every_n_steps=2)],
     )
     resumed = newest_verified(Path(settings["folder"])) if settings.get("resumes") else None
     trainer.fit(module, data, ckpt_path=resumed)
-    return {"steps": losses.steps, "validations": losses.validations}
+    return {
+        "steps": losses.steps,
+        "validations": losses.validations,
+        "base": combined(frozen_checksums(module.model, module.device)),
+    }
 
 
 def run_processes(settings: dict[str, Any], num_processes: int) -> list[dict[str, Any]]:
@@ -152,8 +153,6 @@ def run_processes(settings: dict[str, Any], num_processes: int) -> list[dict[str
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[1]).read_text())
-    import faulthandler
 
-    faulthandler.dump_traceback_later(60, exit=True)
     noted = run(given)
     torch.save(noted, Path(given["folder"]) / f"rank{os.environ['RANK']}.pt")

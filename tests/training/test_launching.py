@@ -433,7 +433,7 @@ def test_the_line_at_the_start_gives_the_step_as_a_product(
         world_size=2,
         num_nodes=1,
         accumulate_grad_batches=3,
-        strategy=SimpleNamespace(strategy_name="ddp", root_device=SimpleNamespace(type="cpu")),
+        strategy=SimpleNamespace(root_device=SimpleNamespace(type="cpu")),
         datamodule=SimpleNamespace(**data | changes),
     )
     assert layout_line(trainer) == line

@@ -189,7 +189,7 @@ def test_a_checkpoint_loads_with_weights_only_and_holds_nothing_of_the_base(
     [
         ({"lora": {"alpha": 8.0}}, "model.lora.alpha=16.0, this run has 8.0"),
         ({"optimizer": {"weight_decay": 0.1}}, "model.optimizer.weight_decay=0.0"),
-        ({"batch_size": 4}, "rows of an optimizer step: it had 2, this run has 4"),
+        ({"batch_size": 4}, r"data.global_batch_size\): it had 2, this run has 4"),
         ({"gradient_clip_val": 1.0}, "trainer.gradient_clip_val=0.3, this run has 1.0"),
         ({"gradient_clip_algorithm": "value"}, "trainer.gradient_clip_algorithm=norm"),
     ],
@@ -256,6 +256,21 @@ def test_validations_that_are_counted_across_epochs_stay_where_they_are_after_re
     run(tmp_path, tiny_base, rows_file, resume=True, **across)
     validated = [row[0] for row in history(tmp_path) if row[-1]]
     assert validated == ["0", "4", "8", "12", "16", "20"]
+
+
+def test_a_validation_in_the_first_window_after_resuming_counts_for_the_best(
+    tmp_path: Path, tiny_base: Path, rows_file: Path, uninterrupted: Any
+) -> None:
+    """Step 1 ends with micro-batch 4, and is validated after 5, which the resumed run repeats."""
+    with pytest.raises(Killed):
+        run(tmp_path, tiny_base, rows_file, kill_at=5, accumulation=4)
+    run(tmp_path, tiny_base, rows_file, resume=True, accumulation=4)
+    scores = [
+        torch.load(newest_verified(folder), weights_only=True)["scores"]
+        for folder in (tmp_path, uninterrupted(4))
+    ]
+    assert 1 in scores[1]
+    assert scores[0] == scores[1]
 
 
 def test_metrics_json_says_what_the_run_came_to(uninterrupted: Any) -> None:

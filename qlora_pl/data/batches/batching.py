@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, DistributedSampler
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from qlora_pl.batch import Batch, PromptBatch
 from qlora_pl.data.batches.collation import collate, collate_packs, collate_prompts
@@ -185,6 +186,14 @@ class TrainingBatches(Dataset[Batch]):
         """The key of a micro-batch by its place in the epoch, from 0."""
         return BatchKey(epoch, *divmod(position, self.layout.accumulation))
 
+    def largest_key(self, epoch: int) -> BatchKey:
+        """The first of this device's micro-batches of an epoch that has the longest unit."""
+        units, steps = self._epoch(epoch)
+        sizes = units.sums(self.rows.lengths)
+        firsts = [self.layout.rows_of(step, 0)[:1] for step in steps]  # longest first in a step
+        longest = [int(sizes[first].sum()) for first in firsts]
+        return BatchKey(epoch, int(np.argmax(longest)), 0)
+
     def keys(self, epoch: int) -> list[BatchKey]:
         """Every key of an epoch, in order; equally many in every epoch and on every device."""
         return [self.key_at(epoch, position) for position in range(len(self))]
@@ -330,3 +339,22 @@ class PromptBatches(Dataset[PromptBatch]):
             row_ids,
             self.pad_id,
         )
+
+
+def make_loader(
+    batches: Any, workers: int, sampler: ResumableSampler | None = None
+) -> DataLoader[Any]:
+    """A loader of whole batches: by the keys of a sampler, or all in order.
+
+    It draws from a generator of its own: every new iterator draws a seed, by default from the
+    global generator, and a validation would then change the dropout that follows it.
+    """
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=InOrderSampler(len(batches)) if sampler is None else sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),
+    )

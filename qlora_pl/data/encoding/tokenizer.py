@@ -24,7 +24,12 @@ def load_tokenizer(name: str, revision: str | None = None, cache_dir: str | None
     # Mistral's tokenizers, without characters.
     for kind in (AutoTokenizer, PreTrainedTokenizerFast):
         try:
-            tokenizer = kind.from_pretrained(name, revision=revision, cache_dir=cache_dir)
+            tokenizer = kind.from_pretrained(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                trust_remote_code=False,  # None asks on the terminal, and takes a "y" for a yes
+            )
         except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
             problem = problem or error
         if getattr(tokenizer, "is_fast", False):
@@ -50,6 +55,8 @@ def load_model_config(name: str, revision: str | None = None, cache_dir: str | N
     from transformers import AutoConfig  # slow to import
 
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, cache_dir=cache_dir)
+        return AutoConfig.from_pretrained(
+            name, revision=revision, cache_dir=cache_dir, trust_remote_code=False
+        )
     except Exception:  # a tokenizer alone, or a model whose code is not run for this
         return None

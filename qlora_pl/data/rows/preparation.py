@@ -183,7 +183,7 @@ def _stored(
         encode = ChunkEncoder(encoder, limits, skips=source.on_error == "skip")
         write_rows(folder, source, encode, num_processes)
 
-    if cache is None or source.sources.rows is not None or not _is_writable(cache / "data"):
+    if cache is None or source.sources.rows is not None or not is_writable(cache / "data"):
         return _unkept(write)
     folder = cache / "data" / digest_of(_what_decides(source, encoder, limits))[:32]
     if (stored := open_rows(folder)) is not None:
@@ -237,7 +237,7 @@ def _read_back(folder: Path) -> StoredRows:
 
 
 @cache_results
-def _is_writable(folder: Path) -> bool:
+def is_writable(folder: Path) -> bool:
     """Whether files can be made there, found out by making one; says so once where not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

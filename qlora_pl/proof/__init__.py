@@ -1,0 +1,1 @@
+"""Exact resume, shown on a user's own run."""
