@@ -243,20 +243,23 @@ def test_a_single_row_that_does_not_fit_stops_the_run_by_its_name(
     assert caught.value.exit_code == 1
 
 
+class SharedFrom(Callback):
+    """From a micro-batch on the strategy says that ranks share the model."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 3:
+            trainer.strategy.shards_parameters = True  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_where_nothing_may_be_repeated_the_run_names_what_to_set(
-    is_shared: bool,
-    tiny_base: Path,
-    rows_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    is_shared: bool, tiny_base: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
-    monkeypatch.setattr(SingleDeviceStrategy, "shards_parameters", is_shared, raising=False)
-    on_oom = "split" if is_shared else "stop"
+    on_oom, more = ("split", [SharedFrom()]) if is_shared else ("stop", [])
     with pytest.raises(TrainingStoppedError) as caught:
-        train(tmp_path, tiny_base, rows_file, Shortages(Shortage(3)), on_oom=on_oom)
+        train(tmp_path, tiny_base, rows_file, Shortages(Shortage(3)), *more, on_oom=on_oom)
     message = str(caught.value)
     assert message.startswith("Step 2: out of memory with a batch of 4 lines and ")
     assert "set data.batch_size: 2, and continue with --ckpt_path last." in message
