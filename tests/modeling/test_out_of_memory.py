@@ -7,6 +7,7 @@ planned; the error is raised inside the model, in the middle of a forward or a b
 from __future__ import annotations
 
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,15 @@ def compare(
     return module, injector
 
 
-@pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize(
+    ("batch", "phase"),
+    [
+        (0, "forward"),
+        (3, "backward"),
+        pytest.param(0, "backward", marks=pytest.mark.slow),
+        pytest.param(3, "forward", marks=pytest.mark.slow),
+    ],
+)
 def test_a_micro_batch_that_does_not_fit_is_repeated_in_halves(
     phase: str, batch: int, tiny_base: Path, rows_file: Path, tmp_path: Path, caplog: Any
 ) -> None:
@@ -144,6 +152,17 @@ def test_a_half_that_does_not_fit_either_is_halved(
 ) -> None:
     shortage = Shortage(2, "backward", times=2)
     compare(tmp_path, tiny_base, rows_file, shortage, pieces=4, gradient_checkpointing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_shortages_at_random_places_change_nothing_but_the_rounding(
+    seed: int, tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(seed)
+    times = draw.choice([1, 2])
+    place = Shortage(draw.randrange(6), draw.choice(["forward", "backward"]), times)
+    compare(tmp_path, tiny_base, rows_file, place, pieces=2**times)
 
 
 def test_later_shortages_make_smaller_pieces(
