@@ -25,12 +25,12 @@ from qlora_pl.training.resuming import random_states_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 
-TOLERANCE = 2.0e-4
+TOLERANCE = 2.0e-5
 """Largest difference of a trained weight, of which the steps are 1e-2 each.
 
 Layouts add the same numbers in other groups (float32: 6e-8 of each sum) and pad to other widths;
 Adam divides by the root of a gradient's mean square, so that a weight whose gradient is nearly
-nothing moves by more.
+nothing moves by more. Measured over twelve steps: 2.5e-7.
 """
 SHAPES: dict[str, dict[str, Any]] = {
     "padded": {},
@@ -104,7 +104,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
         for name in ("train/loss", "optim/lr", "optim/grad_norm", "val/loss"):
             assert (name in ours[step]) == (name in line)
             if name in line:
-                assert ours[step][name] == pytest.approx(line[name], rel=1e-3), (step, name)
+                assert ours[step][name] == pytest.approx(line[name], rel=1e-4), (step, name)
     kept = [json.loads((f / "checkpoints/kept.json").read_text()) for f in (folder, whole)]
     assert kept[0]["steps"] == kept[1]["steps"]
     assert kept[0]["best_step"] == kept[1]["best_step"]
