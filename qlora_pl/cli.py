@@ -41,6 +41,7 @@ from qlora_pl.training.lost_ranks import lost_rank, watch_other_ranks
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
+from qlora_pl.training.rehearsal import Rehearsal
 from qlora_pl.training.run_folder import Resolved, RunConfig
 from qlora_pl.training.run_record import RunRecord, flatten, run_logger
 from qlora_pl.training.run_start import RunStart
@@ -50,6 +51,7 @@ from qlora_pl.training.step_layout import StepLayout
 from qlora_pl.training.stopping import (
     has_reached_its_end,
     leaving_on_signals,
+    lost_loader,
     request_of,
     stopped_by_signal,
 )
@@ -202,7 +204,7 @@ class QLoRACLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        essential: list[Any] = [RunMetrics(), StepLayout()]
+        essential: list[Any] = [RunMetrics(), StepLayout(), Rehearsal()]
         if self.subcommand == "predict":
             essential.append(PredictionWriter())
         chosen = config["callbacks"] or []
@@ -232,6 +234,8 @@ class QLoRACLI(LightningCLI):
             stopped = stopped_by_signal(end, request_of(self.trainer), folder, is_fit)
             if stopped is None and (lost := lost_rank(end, self.trainer)) is not None:
                 raise lost from end
+            if stopped is None and (died := lost_loader(end)) is not None:
+                raise died from end
             if stopped is None:
                 raise
             if is_fit and asks_for_requeue(stopped.number):

@@ -13,8 +13,8 @@ from typing import Any
 TESTS = Path(__file__).parent
 
 
-def run_processes(program: Path, number: int, settings: dict[str, Any]) -> None:
-    """Start ``program`` with ``settings`` as JSON and torchrun's variables, and wait for all."""
+def run_processes(program: Path, number: int, settings: dict[str, Any]) -> str:
+    """Start ``program`` with ``settings`` as JSON and torchrun's variables; what all have said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,3 +39,4 @@ def run_processes(program: Path, number: int, settings: dict[str, Any]) -> None:
     ]
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(said)
+    return "\n".join(said)

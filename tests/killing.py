@@ -22,7 +22,7 @@ class KillAt(Callback):
     """
 
     def __init__(
-        self, micro_batch: int, number: int = signal.SIGKILL, rank: int | None = None
+        self, micro_batch: int, number: int = int(signal.SIGKILL), rank: int | None = None
     ) -> None:
         self.micro_batch = micro_batch
         self.number = number

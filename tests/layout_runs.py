@@ -24,6 +24,7 @@ from qlora_pl.modeling.adapters import LoRAConfig
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.strategies.choice import strategy_named
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.run_folder import newest_verified
@@ -60,7 +61,8 @@ class StepRows(Callback):
 def run(settings: dict[str, Any]) -> Trainer:
     """Train as ``settings`` say; goes on from the folder's newest checkpoint if there is one.
 
-    Their keys: base, rows, folder, data, trainer, module, lora, kill_at (a step), devices.
+    Their keys: base, rows, folder, data, trainer, module, lora, kill_at (a step), devices and,
+    for several of them, strategy.
 
     Raises:
         Killed: before the step after ``kill_at``; that of the step itself is not saved yet.
@@ -87,7 +89,7 @@ def run(settings: dict[str, Any]) -> Trainer:
         default_root_dir=folder,
         accelerator="cpu",
         devices=devices,
-        strategy="auto" if devices == 1 else "ddp",
+        strategy=strategy_named("auto" if devices == 1 else settings.get("strategy", "ddp")),
         gradient_clip_val=0.3,
         logger=False,
         log_every_n_steps=1,

@@ -111,6 +111,7 @@ def train(
     trainer: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     compute: str = "float32",
+    save_every: int = 1,
     **model: Any,
 ) -> QLoRAModule:
     """Eight rows a step in two micro-batches, some of them short; goes on from a checkpoint."""
@@ -144,7 +145,7 @@ def train(
     chosen["strategy"] = strategy_named("auto" if chosen["devices"] == 1 else "ddp")
     run = Trainer(
         default_root_dir=folder,
-        callbacks=[RunMetrics(), AdapterCheckpoint(every_n_steps=1), *callbacks],
+        callbacks=[RunMetrics(), AdapterCheckpoint(every_n_steps=save_every), *callbacks],
         **chosen,
     )
     run.fit(module, module_data, ckpt_path=newest_verified(folder))

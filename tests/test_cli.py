@@ -365,7 +365,7 @@ def test_a_bad_row_is_named_before_weights_are_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("qlora_pl.modeling.module.load_base", never)
+    monkeypatch.setattr("qlora_pl.modeling.assembly.load_base", never)
     code, printed = type_in(*FIT[:-1], "rows.jsonl")
     assert code == 2
     assert printed[-1].startswith(f"qlora-pl: {sentence}")
@@ -564,7 +564,9 @@ def test_a_resume_says_what_it_continues_and_what_it_passed_over(
     (tmp_path / "runs/a/version_0/metrics.json").unlink()  # as a kill would have left it
     caplog.clear()
     assert type_in(*words, *steps, "--ckpt_path", "last")[0] == 0
-    told = [record.message for record in caplog.records if record.name == "qlora_pl.cli"]
+    told = [
+        record.message for record in caplog.records if record.name == "qlora_pl.training.run_start"
+    ]
     folder = "runs/a/version_0/checkpoints"
     assert told == [
         f"Passed over the checkpoint '{folder}/step-00000003.ckpt' (its SHA-256 is not what "
@@ -583,7 +585,7 @@ def test_a_start_that_fails_anyhow_leaves_no_folder(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("qlora_pl.modeling.module.load_base", fail)
+    monkeypatch.setattr("qlora_pl.modeling.assembly.load_base", fail)
     with pytest.raises(ZeroDivisionError):
         type_in(*FIT, "--data.template", "guanaco")
     assert not list(tmp_path.glob("runs/*/*"))

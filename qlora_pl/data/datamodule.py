@@ -94,8 +94,8 @@ class InstructionDataModule(LightningDataModule):
             counted and listed, unless too many are bad (1 %, and ten or more).
         batch_size: Rows of a micro-batch on one device, or packs where rows are packed.
         global_batch_size: Rows of an optimizer step over all devices (packs where rows are packed,
-            micro-batches with ``tokens_per_batch``): ``trainer.accumulate_grad_batches`` is what
-            ``batch_size`` and the number of devices leave to do. None: the other way round.
+            micro-batches with ``tokens_per_batch``), whatever their number. None: ``batch_size`` x
+            ``trainer.accumulate_grad_batches`` x devices.
         eval_batch_size: Rows of a batch in validation, test and prediction; None: ``batch_size``.
         group_by_length: Whether rows of similar length share a step, so that less is padded.
         packing: Whether training rows are put into packs of ``max_length`` tokens that attend to

@@ -103,7 +103,25 @@ def read_split(
         settings.on_error,
     )
     logger.info("%s: %s", key, split.report)  # what was cut or dropped; parts do not know it
+    if not encoder.is_paired:
+        _warn_of_positions(settings, base, int(split.rows.lengths.max(initial=0)), key)
     return split
+
+
+def _warn_of_positions(settings: Any, base: BaseFacts, longest: int, key: str) -> None:
+    """Most bases go on past their last position without an error, and hardly understand it."""
+    name = base.name or settings.tokenizer_name
+    config = load_model_config(name, base.revision, base.cache_dir)
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        logger.warning(
+            "%s: the longest row has %d tokens, and '%s' knows %d positions "
+            "(max_position_embeddings); lower data.max_length, unless its positions are scaled.",
+            key,
+            longest,
+            name,
+            positions,
+        )
 
 
 def limits_of(settings: Any) -> Limits:

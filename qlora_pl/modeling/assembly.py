@@ -34,17 +34,7 @@ def load_adapted(module: Any) -> tuple[LoadedBase, nn.Module, int | None]:
         base, model = _load_sharded(module)
         return base, model, None
     tokenizer = module.tokenizer
-    base = load_base(
-        module.identity,
-        module.quantization,
-        module.plan,
-        device=module.trainer.strategy.root_device,
-        cache_dir=module.cache_dir,
-        attn_implementation=module.attn_implementation,
-        trust_remote_code=module.trust_remote_code,
-        is_first_rank=module.trainer.is_global_zero,
-        rest_dtype=None if module.lora.has_adapters else getattr(torch, module.lora.dtype),
-    )
+    base = _load_in_turn(module)
     grows = module.grow_vocabulary and tokenizer is not None
     new_rows = grow_vocabulary(base.model, len(tokenizer)) if grows else {}
     vocabulary_size = len(tokenizer) if new_rows else None
@@ -56,6 +46,28 @@ def load_adapted(module: Any) -> tuple[LoadedBase, nn.Module, int | None]:
     else:
         model = train_all_weights(base.model, base.compute_dtype)
     return base, model, vocabulary_size
+
+
+def _load_in_turn(module: Any) -> LoadedBase:
+    """The first process of a machine quantises and keeps the packed copy that the others read."""
+    strategy = module.trainer.strategy
+    is_first = getattr(strategy, "local_rank", 0) == 0
+    if not is_first:
+        strategy.barrier()
+    base = load_base(
+        module.identity,
+        module.quantization,
+        module.plan,
+        device=strategy.root_device,
+        cache_dir=module.cache_dir,
+        attn_implementation=module.attn_implementation,
+        trust_remote_code=module.trust_remote_code,
+        is_first_rank=is_first,
+        rest_dtype=None if module.lora.has_adapters else getattr(torch, module.lora.dtype),
+    )
+    if is_first:
+        strategy.barrier()
+    return base
 
 
 def _load_sharded(module: Any) -> tuple[LoadedBase, nn.Module]:

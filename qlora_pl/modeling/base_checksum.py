@@ -92,10 +92,10 @@ class BaseWatch:
 
 
 def combined(checksums: Checksums) -> int:
-    """One number of all, which depends on the order too."""
+    """One number of all; strategies fill a base in different orders, which must not matter."""
     total = 0
-    for checksum in checksums.values():
-        total = (total * CHUNK_FACTOR + checksum) % 2**64
+    for name in sorted(checksums):
+        total = (total * CHUNK_FACTOR + checksums[name]) % 2**64
     return total
 
 

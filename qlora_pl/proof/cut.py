@@ -71,7 +71,9 @@ def cut(run: Any, words: list[str], steps: int) -> CutRun:
         "ckpt_path": "auto",
     }
     if run.trainer.limit_val_batches != 0:
-        accumulation = run.trainer.accumulate_grad_batches or 1
+        # Where the global batch says it, devices are not known yet; on one device it is this.
+        whole_batch = (run.data.global_batch_size or 1) // max(run.data.batch_size or 1, 1)
+        accumulation = run.trainer.accumulate_grad_batches or max(whole_batch, 1)
         flags |= {
             "trainer.limit_val_batches": VALIDATION_BATCHES,
             # After the middle step, and counted across epochs: the user's interval would not come.

@@ -73,6 +73,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     # -- checkpoints: whole tensors by name, made and taken up by the module ----------------------
 
     @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """The model is cut when it is loaded, so it takes up its state when others do."""
+        return False
+
+    @property
     def lightning_restore_optimizer(self) -> bool:
         """Lightning hands the optimizers' state over, as under any other strategy."""
         return True

@@ -101,6 +101,7 @@ def canonical_progress(
         for progress in (*optimizer.values(), fit_loop["epoch_loop.scheduler_progress"]):
             progress["current"].update(dict.fromkeys(progress["current"], 0))
     validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    validation["is_last_batch"] = False  # as before the first validation of this start
     for scope in ("total", "current"):
         validation[scope].update(dict.fromkeys(validation[scope], 0))
     return fit_loop

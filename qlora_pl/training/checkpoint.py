@@ -255,6 +255,10 @@ class AdapterCheckpoint(Checkpoint):
             return False
         return request.is_patient and not self._is_stepping and trainer.world_size == 1
 
+    def is_stop_agreed(self) -> bool:
+        """Whether any rank is to stop; all of them ask at the same time."""
+        return self._agreement.agree(self._word()) != GO_ON
+
     def _stop_if_agreed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (word := self._agreement.exchange(self._word())) != GO_ON:
             self._leave(trainer, pl_module, word)

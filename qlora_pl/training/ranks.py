@@ -30,7 +30,7 @@ from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError, Train
 from qlora_pl.training.launching import Launch, meeting_point
 
 MEETING_SECONDS = 1800.0
-"""How long the processes wait for each other at a start; torch's own time for the same."""
+"""How long the processes wait for each other at a start, unless the run says otherwise."""
 LEAVING_SECONDS = 30.0
 """How long one that has failed waits for the others, to tell them."""
 LATE_SECONDS = 5.0
@@ -45,6 +45,7 @@ class Ranks:
     """
 
     def __init__(self, launch: Launch) -> None:
+        self.patience_seconds = MEETING_SECONDS
         self._launch = launch
         self._is_alone = launch.launcher is None
         self._has_begun = False
@@ -77,7 +78,7 @@ class Ranks:
             return decide()
         given = digests({**given, "torch": torch.__version__})
         if self._launch.rank != 0:
-            self._meet(MEETING_SECONDS)
+            self._meet(self.patience_seconds)
             self._report("given", {"given": given})
             value = self._hear()
             self._report("look", {"problem": look(value)})
@@ -89,7 +90,7 @@ class Ranks:
 
     def _lead(self, given: Mapping[str, str], decide: Callable[[], Any]) -> dict[str, Any]:
         try:
-            self._meet(MEETING_SECONDS)
+            self._meet(self.patience_seconds)
             self._gather("given", given)
             value: dict[str, Any] = decide()
             self._tell({"value": value})
@@ -125,12 +126,13 @@ class Ranks:
         assert session is not None
         session.set(f"failed/{rank}", str(error))
         if rank != 0:
-            session.wait(["failed/0"], timedelta(seconds=LATE_SECONDS))
+            if not appear(session, ["failed/0"], LATE_SECONDS):
+                return self._own(error)
             is_same = session.get("failed/0").decode() == str(error)
             session.set(f"heard/{rank}", "")
             return SystemExit(error.exit_code) if is_same else self._own(error)
         others = [f"heard/{other}" for other in range(1, self._launch.num_processes)]
-        session.wait(others, timedelta(seconds=LATE_SECONDS))  # they read from this process
+        appear(session, others, LATE_SECONDS)  # they read from this process
         return error
 
     def _own(self, error: QLoRAError) -> QLoRAError:
@@ -157,7 +159,7 @@ class Ranks:
     def _hear(self) -> Any:
         assert self._session is not None
         key = f"word/{self._num_heard}"
-        self._wait(key, MEETING_SECONDS)
+        self._wait(key, self.patience_seconds)
         word = json.loads(self._session.get(key))
         if "exit_code" in word:
             ignore_sigterm()
@@ -182,7 +184,7 @@ class Ranks:
         self._tell({"exit_code": exit_code})
         others = [f"dismissed/{rank}" for rank in range(1, self._launch.num_processes)]
         with suppress(DistError):
-            self._session.wait(others, timedelta(seconds=LEAVING_SECONDS))
+            appear(self._session, others, LEAVING_SECONDS)
 
     def _report(self, what: str, said: dict[str, Any]) -> None:
         assert self._session is not None
@@ -193,7 +195,7 @@ class Ranks:
         """Read what every other rank reports, and refuse to start on any problem."""
         problems: list[str] = []
         for rank in range(1, self._launch.num_processes):
-            self._wait(f"{what}/{rank}", MEETING_SECONDS)
+            self._wait(f"{what}/{rank}", self.patience_seconds)
             assert self._session is not None
             said = json.loads(self._session.get(f"{what}/{rank}"))
             who = f"Rank {rank} on {said['host']}"
@@ -314,6 +316,16 @@ class Ranks:
         if self._store is None or not self._store.check([f"memory/{key}"]):
             return None
         return str(self._store.get(f"memory/{key}").decode())
+
+
+def appear(store: Store, keys: list[str], seconds: float) -> bool:
+    """Whether all keys are there within some time; torch's own wait warns when they are not."""
+    deadline = time.monotonic() + seconds
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def join_group_at(port: int) -> None:

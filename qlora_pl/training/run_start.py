@@ -28,6 +28,7 @@ from qlora_pl.training.run_folder import (
 )
 from qlora_pl.training.run_lock import RunLock
 from qlora_pl.training.slurm import begun_before, note_job
+from qlora_pl.training.stopping import StoppedBySignal
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class RunStart:
             QLoRAError: on rank 0, if the run cannot start.
             SystemExit: on the other ranks then; on all, if there is nothing left to do.
         """
+        self.ranks.patience_seconds = config.timeout_seconds
         decided = self.ranks.agree(
             given,
             lambda: self._resolve(command, config, trainer, ckpt_path).plain(),
@@ -114,7 +116,10 @@ class RunStart:
         """Tidy up after a start or a run that failed; what this process should end with."""
         if self._chosen is not None:
             forget_if_nothing_happened(self._chosen)
-        return self.ranks.leave(error) if isinstance(error, QLoRAError) else error
+        # Ranks that a signal stops have agreed on it, and only the first says so.
+        if isinstance(error, QLoRAError) and not isinstance(error, StoppedBySignal):
+            return self.ranks.leave(error)
+        return error
 
     def release(self) -> None:
         """Let other processes write into the folder."""

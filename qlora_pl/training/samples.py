@@ -20,7 +20,7 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import append_synced, write_atomic
 from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
 from qlora_pl.modeling.sharding import is_shared
-from qlora_pl.training.stopping import request_of
+from qlora_pl.training.stopping import is_told_to_stop
 
 
 class SampleWriter(Callback):
@@ -82,7 +82,7 @@ class SampleWriter(Callback):
         model = cast(nn.Module, pl_module.model)
         if data is None or not (trainer.is_global_zero or is_shared(model)):
             return
-        conversations, request = self._conversations(data), request_of(trainer)
+        conversations = self._conversations(data)
         if not conversations:
             return
         prompts = [data.encoder.encode_prompt(conversation) for conversation in conversations]
@@ -96,9 +96,9 @@ class SampleWriter(Callback):
             batch["attention_mask"].to(pl_module.device),
             data.encoder.stop_ids,
             self.decoding,
-            should_stop=lambda: request.number is not None,
+            should_stop=lambda: is_told_to_stop(trainer, together=is_shared(model)),
         )
-        if request.number is not None:  # a resumed run asks again
+        if is_told_to_stop(trainer, together=is_shared(model)):  # a resumed run asks again
             return
         self._asked_at = trainer.global_step
         if trainer.is_global_zero:

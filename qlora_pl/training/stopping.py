@@ -31,7 +31,9 @@ def has_reached_its_end(trainer: Trainer) -> bool:
     epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
-    if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
+    # Lightning counts an epoch that a clock has cut short like any other.
+    is_cut_short = trainer.should_stop and not trainer.is_last_batch
+    if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs and not is_cut_short:
         return True
     return trainer.should_stop and not is_out_of_time(trainer)
 
@@ -110,6 +112,19 @@ def request_of(trainer: Any) -> StopRequest:
     return request if isinstance(request, StopRequest) else StopRequest()
 
 
+def is_told_to_stop(trainer: Any, together: bool) -> bool:
+    """Whether to leave off what a resumed run does again.
+
+    Args:
+        trainer: Of the run.
+        together: Whether all ranks ask this at the same points, and so have to be told alike.
+    """
+    agree = getattr(trainer.checkpoint_callback, "is_stop_agreed", None)
+    if together and agree is not None:
+        return bool(agree())
+    return request_of(trainer).number is not None
+
+
 @contextmanager
 def leaving_on_signals(trainer: Trainer) -> Iterator[StopRequest]:
     """Let SIGTERM and SIGUSR1 within the block be ``StopRequest``'s.
@@ -148,6 +163,18 @@ class StoppedBySignal(TrainingStoppedError):
         super().__init__(sentence)
         self.number = number
         self.exit_code = 128 + (number if number == signal.SIGINT else signal.SIGTERM)
+
+
+def lost_loader(end: BaseException) -> TrainingStoppedError | None:
+    """The error that says so if a process that loads rows died, which torch tells in words only."""
+    told = str(end)
+    if not isinstance(end, RuntimeError) or not told.startswith("DataLoader worker"):
+        return None
+    return TrainingStoppedError(
+        f"A process that loads rows died ({told.splitlines()[0].rstrip('. ')}); what was saved is "
+        "untouched: resume with --ckpt_path last, and with fewer data.num_workers if the machine "
+        "ran out of memory."
+    )
 
 
 def stopped_by_signal(

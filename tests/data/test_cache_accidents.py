@@ -159,6 +159,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, source: 
         assert same(prepare(source, cache), prepare(source))
 
 
+def test_rows_that_cannot_be_read_back_are_one_sentence() -> None:
+    with pytest.raises(TrainingStoppedError, match=r"cannot be read back .*check the disk"):
+        preparation._unkept(lambda folder: None)
+
+
 def test_rows_in_memory_are_kept_nowhere(tmp_path: Path):
     tokenizer = build("bytes")
     encoder = Encoder(load_template("guanaco", tokenizer), tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -10,6 +11,7 @@ from generated_rows import encoder, generated
 from toy_tokenizers import asked, build
 
 from qlora_pl.data.conversation import Conversation, Message
+from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.encoding.encoder import EncodedExample, Encoder, TrainOn
 from qlora_pl.data.encoding.lengths import Overlong, fit_to_length, needed_lengths
 from qlora_pl.data.reading.readers import Place
@@ -216,3 +218,23 @@ def test_needed_lengths_of_a_row_without_trained_tokens_are_none():
     untrained = example._replace(is_trained=np.zeros_like(example.is_trained))
     for policy in POLICIES:
         assert len(needed_lengths(untrained, policy)) == 0
+
+
+@pytest.mark.parametrize(("max_length", "is_said"), [(600, True), (512, True), (256, False)])
+def test_rows_past_the_bases_last_position_are_said_once(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture, max_length: int, is_said: bool
+):
+    """The tiny base has 256 positions (``max_position_embeddings`` of its configuration)."""
+    long = [{"prompt": f"q{n}", "response": "7" * 700} for n in range(5)]
+    data = InstructionDataModule(
+        long, tokenizer=str(tiny_base), max_length=max_length, max_lost_ratio=1.0, val_size=0
+    )
+    data.setup("fit")
+    told = [record.getMessage() for record in caplog.records if "positions" in record.getMessage()]
+    assert len(told) == int(is_said)
+    if is_said:
+        assert told[0] == (
+            f"data.sources: the longest row has {max_length} tokens, and '{tiny_base}' knows 256 "
+            "positions (max_position_embeddings); lower data.max_length, unless its positions are "
+            "scaled."
+        )

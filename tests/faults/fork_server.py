@@ -99,9 +99,15 @@ class ForkServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._process.stdout.close()
 
     def run(
         self,
@@ -109,9 +115,19 @@ class ForkServer:
         workplace: Path,
         fault: Fault | None = None,
         environments: list[dict[str, str]] | None = None,
-        timeout_seconds: float = 120,
+        timeout_seconds: float = 240,
+        sabotage: str | None = None,
     ) -> Ended:
-        """Run ``qlora-pl WORDS`` in a workplace, once for each environment, all at a time."""
+        """Run ``qlora-pl WORDS`` in a workplace, once for each environment, all at a time.
+
+        Args:
+            words: Of the command line.
+            workplace: Its directory.
+            fault: What is to break.
+            environments: Variables of each process; None: one process.
+            timeout_seconds: After which it is killed.
+            sabotage: A function of ``sabotage`` that breaks the code itself beforehand.
+        """
         self._number += 1
         name = str(self.folder / str(self._number))
         request = {
@@ -121,6 +137,7 @@ class ForkServer:
             "environments": environments or [{}],
             "name": name,
             "timeout_seconds": timeout_seconds,
+            "sabotage": sabotage,
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -144,6 +161,7 @@ def import_everything() -> None:
     import torch
     import torch.utils.tensorboard
     import tqdm
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import qlora_pl.__main__
     import qlora_pl.cli  # noqa: F401
@@ -161,7 +179,6 @@ def become(request: dict[str, Any], rank: int) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    (workplace / "tmp").mkdir(exist_ok=True)
     os.environ |= {"QLORA_PL_CACHE": str(workplace / "cache"), "TMPDIR": str(workplace / "tmp")}
     tempfile.tempdir = None  # what the parent has found holds no longer
     sys.argv = ["qlora-pl", *request["words"]]
@@ -170,12 +187,14 @@ def become(request: dict[str, Any], rank: int) -> None:
         fault = None
     code: Any = 1
     try:
-        from faults import moments
+        from faults import moments, sabotage
         from faults.operations import OperationWatcher
 
         injector = Injector(workplace, Path(request["name"] + ".log"), fault)
         moments.install(injector)
         OperationWatcher(injector).install()
+        if request["sabotage"]:
+            getattr(sabotage, request["sabotage"])()
         from qlora_pl.__main__ import main
 
         code = main()

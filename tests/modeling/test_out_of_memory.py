@@ -7,6 +7,7 @@ planned; the error is raised inside the model, in the middle of a forward or a b
 from __future__ import annotations
 
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,15 @@ def compare(
     return module, injector
 
 
-@pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize(
+    ("batch", "phase"),
+    [
+        (0, "forward"),
+        (3, "backward"),
+        pytest.param(0, "backward", marks=pytest.mark.slow),
+        pytest.param(3, "forward", marks=pytest.mark.slow),
+    ],
+)
 def test_a_micro_batch_that_does_not_fit_is_repeated_in_halves(
     phase: str, batch: int, tiny_base: Path, rows_file: Path, tmp_path: Path, caplog: Any
 ) -> None:
@@ -144,6 +152,17 @@ def test_a_half_that_does_not_fit_either_is_halved(
 ) -> None:
     shortage = Shortage(2, "backward", times=2)
     compare(tmp_path, tiny_base, rows_file, shortage, pieces=4, gradient_checkpointing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_shortages_at_random_places_change_nothing_but_the_rounding(
+    seed: int, tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(seed)
+    times = draw.choice([1, 2])
+    place = Shortage(draw.randrange(5), draw.choice(["forward", "backward"]), times)
+    compare(tmp_path, tiny_base, rows_file, place, pieces=2**times)
 
 
 def test_later_shortages_make_smaller_pieces(
@@ -243,20 +262,23 @@ def test_a_single_row_that_does_not_fit_stops_the_run_by_its_name(
     assert caught.value.exit_code == 1
 
 
+class SharedFrom(Callback):
+    """From a micro-batch on the strategy says that ranks share the model."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 3:
+            trainer.strategy.shards_parameters = True  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_where_nothing_may_be_repeated_the_run_names_what_to_set(
-    is_shared: bool,
-    tiny_base: Path,
-    rows_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    is_shared: bool, tiny_base: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
-    monkeypatch.setattr(SingleDeviceStrategy, "shards_parameters", is_shared, raising=False)
-    on_oom = "split" if is_shared else "stop"
+    on_oom, more = ("split", [SharedFrom()]) if is_shared else ("stop", [])
     with pytest.raises(TrainingStoppedError) as caught:
-        train(tmp_path, tiny_base, rows_file, Shortages(Shortage(3)), on_oom=on_oom)
+        train(tmp_path, tiny_base, rows_file, Shortages(Shortage(3)), *more, on_oom=on_oom)
     message = str(caught.value)
     assert message.startswith("Step 2: out of memory with a batch of 4 lines and ")
     assert "set data.batch_size: 2, and continue with --ckpt_path last." in message

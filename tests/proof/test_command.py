@@ -46,7 +46,8 @@ def prove(words: list[str]) -> tuple[int, dict[str, Any], str]:
     done = subprocess.run(
         command([*words, "--json"]), env=environment(), capture_output=True, text=True
     )
-    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+    record = json.loads(done.stdout or "{}")
+    return done.returncode, record, "\n".join([done.stderr, *record.get("details", [])])
 
 
 def test_a_run_is_proven_and_leaves_its_record_alone(words: list[str], tmp_path: Path) -> None:

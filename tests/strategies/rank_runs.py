@@ -1,7 +1,6 @@
 """What each of two ranks does for tests/strategies/test_ddp.py: many runs, one start of processes.
 
-``python rank_runs.py settings.json`` with the rank in the environment; what each run noted goes to
-``NAME-RANK.pt`` beside the settings.
+Its argument is its settings as JSON; what each run noted goes to ``NAME-RANK.pt`` in their folder.
 """
 
 from __future__ import annotations
@@ -153,7 +152,8 @@ class Ranks:
             self.rows,
             traffic,
             data={"batch_size": 1},
-            trainer={"devices": 2, "accumulate_grad_batches": accumulation, "max_steps": 2},
+            trainer={"devices": 2, "accumulate_grad_batches": accumulation},
+            save_every=10,
             gradient_checkpointing=True,
         )
         return {
@@ -227,7 +227,7 @@ class Ranks:
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
+    given = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     ranks = Ranks(given)
     for run in given["runs"]:

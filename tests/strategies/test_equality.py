@@ -13,6 +13,7 @@ from plain_peft import reload_with_plain_peft
 from safetensors.torch import load_file
 from strategy_runs import run_processes
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 STRATEGIES = ["ddp", "fsdp2", "fsdp2_offload"]
 
 
@@ -69,7 +70,8 @@ def test_every_strategy_trains_the_same_adapter_and_leaves_the_base_alone(
     for strategy in STRATEGIES:
         noted = on_two(settings, strategy, tmp_path / strategy)
         for step, *parts in zip(one["steps"], *(rank["steps"] for rank in noted), strict=True):
-            assert sorted(row for part in parts for row in part["rows"]) == sorted(step["rows"])
+            rows_of_all = [row for part in parts for row in part["rows"] if row >= 0]
+            assert sorted(rows_of_all) == sorted(step["rows"])
             for part in parts:
                 assert part["loss"] == pytest.approx(step["loss"], rel=1e-5)
                 assert part["norm"] == pytest.approx(step["norm"], rel=1e-5)

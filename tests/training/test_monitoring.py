@@ -164,6 +164,16 @@ def test_a_run_that_ran_out_of_time_is_continued(
     assert adapter_bytes(folder) == adapter_bytes(seven)
 
 
+def test_a_run_that_ran_out_of_time_within_its_last_epoch_is_not_complete(
+    tmp_path: Path, tiny_base: Path, rows_file: Path
+) -> None:
+    """Lightning counts an epoch that is cut short as one that is done."""
+    limits = {"max_epochs": 1, "max_steps": -1, "log_every_n_steps": 5}
+    trainer = run(tmp_path, tiny_base, rows_file, callbacks=[ThreeSteps()], **limits)
+    assert trainer.global_step < trainer.num_training_batches
+    assert not is_complete(tmp_path)
+
+
 class StopAt(Callback):
     """Asks for the end at a step, as early stopping does."""
 

@@ -224,6 +224,22 @@ def test_a_run_goes_on_with_another_number_of_devices(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("devices", "sizes"), [((2, 1), (1, 4)), ((1, 2), (4, 2))])
+def test_a_run_goes_on_under_fsdp2_and_from_it(
+    tmp_path: Path,
+    settings: Callable[..., dict[str, Any]],
+    whole: Callable[[str], Path],
+    devices: tuple[int, int],
+    sizes: tuple[int, int],
+) -> None:
+    """Checkpoints hold full tensors by name; a step's rows are the same on any strategy."""
+    given = [settings(tmp_path, batch_size=size, strategy="fsdp2") for size in sizes]
+    run_on(devices[0], given[0] | {"kill_at": 3})
+    run_on(devices[1], given[1])
+    assert_same_run(tmp_path, whole("padded"))
+
+
+@pytest.mark.slow
 def test_a_token_budget_goes_on_with_another_number_of_devices(
     tmp_path: Path, settings: Callable[..., dict[str, Any]]
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader, Dataset
 
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.training.checkpoint import AdapterCheckpoint
@@ -18,6 +19,7 @@ from qlora_pl.training.stopping import (
     SIGNALS,
     StopRequest,
     leaving_on_signals,
+    lost_loader,
     stopped_by_signal,
 )
 
@@ -115,3 +117,23 @@ def test_ctrl_c_has_its_own_exit_code(tmp_path: Path) -> None:
     stopped = stopped_by_signal(end, make_request(None), tmp_path, is_fit=False)
     assert stopped is not None
     assert (stopped.number, stopped.exit_code, str(stopped)) == (signal.SIGINT, 130, "Stopped.")
+
+
+class Dying(Dataset[int]):
+    """Its process is killed, as the kernel does when memory runs out."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, place: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return place
+
+
+def test_a_loader_that_was_killed_is_one_sentence() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        list(DataLoader(Dying(), num_workers=1))
+    told = str(lost_loader(raised.value))
+    assert told.startswith("A process that loads rows died (DataLoader worker (pid")
+    assert "resume with --ckpt_path last" in told
+    assert lost_loader(RuntimeError("another")) is None

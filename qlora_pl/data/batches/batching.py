@@ -186,6 +186,14 @@ class TrainingBatches(Dataset[Batch]):
         """The key of a micro-batch by its place in the epoch, from 0."""
         return BatchKey(epoch, *divmod(position, self.layout.accumulation))
 
+    def largest_key(self, epoch: int) -> BatchKey:
+        """The first of this device's micro-batches of an epoch that has the longest unit."""
+        units, steps = self._epoch(epoch)
+        sizes = units.sums(self.rows.lengths)
+        firsts = [self.layout.rows_of(step, 0)[:1] for step in steps]  # longest first in a step
+        longest = [int(sizes[first].sum()) for first in firsts]
+        return BatchKey(epoch, int(np.argmax(longest)), 0)
+
     def keys(self, epoch: int) -> list[BatchKey]:
         """Every key of an epoch, in order; equally many in every epoch and on every device."""
         return [self.key_at(epoch, position) for position in range(len(self))]

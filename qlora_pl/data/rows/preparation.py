@@ -194,7 +194,7 @@ def _stored(
     try:
         with atomic_folder(folder) as temporary:
             write(temporary)
-            stored = open_rows(temporary)  # what is mapped outlives its name
+            stored = _read_back(temporary)  # what is mapped outlives its name
     except TrainingStoppedError:
         # Another process may have written the same rows in the meantime.
         if (stored := stored or open_rows(folder)) is None:
@@ -213,8 +213,26 @@ def _unkept(write: Callable[[Path], None]) -> StoredRows:
                 f"Encoded rows could not be written to '{name}' ({error.strerror}); free some "
                 "space, or set TMPDIR to a folder with more."
             ) from error
-        stored = open_rows(Path(name))  # what is mapped outlives its name
-    assert stored is not None
+        return _read_back(Path(name))  # what is mapped outlives its name
+
+
+def _read_back(folder: Path) -> StoredRows:
+    """The rows that have just been written.
+
+    Raises:
+        TrainingStoppedError: if they are not what was written.
+    """
+    try:
+        stored = open_rows(folder)
+    except OSError as error:
+        raise TrainingStoppedError(
+            f"Encoded rows cannot be read back from '{folder}' ({error.strerror}); check the disk."
+        ) from error
+    if stored is None:
+        raise TrainingStoppedError(
+            f"Encoded rows cannot be read back from '{folder}' as they were written; check the "
+            "disk."
+        )
     return stored
 
 

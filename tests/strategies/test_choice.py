@@ -1,0 +1,121 @@
+"""Which strategies a run may name, and which one fits the GPUs where it names none."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_pl.errors import ConfigurationError
+from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.footprint import Footprint, estimate_footprint
+from qlora_pl.modeling.optimizers import OptimizerConfig
+from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.sharded_loading import refuse_unshardable
+from qlora_pl.strategies.choice import choose_strategy, refuse_other_strategies, strategy_named
+from qlora_pl.strategies.ddp import AdapterDDP
+from qlora_pl.strategies.fsdp2 import FSDP2Strategy
+
+GIB = 2**30
+
+
+def refusal(strategy: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        refuse_other_strategies(SimpleNamespace(strategy=strategy, sync_batchnorm=False))
+    (sentence,) = caught.value.problems
+    return sentence
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_cpu_offload"])
+def test_fsdp1_is_one_sentence_that_points_to_fsdp2(name: str) -> None:
+    assert "take fsdp2 (configs/trainer/fsdp2.yaml)" in refusal(name)
+
+
+def test_a_misspelt_strategy_is_told_what_was_meant() -> None:
+    assert refusal("fsdp3").endswith("did you mean 'fsdp2'?")
+
+
+def test_names_are_these_strategies() -> None:
+    assert isinstance(strategy_named("ddp"), AdapterDDP)
+    whole, offloaded = strategy_named("fsdp2"), strategy_named("fsdp2_offload")
+    assert isinstance(whole, FSDP2Strategy)
+    assert isinstance(offloaded, FSDP2Strategy)
+    assert (whole.cpu_offload, offloaded.cpu_offload) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("whole", "shared", "chosen"),
+    [(20, 12, "ddp"), (30, 18, "fsdp2"), (60, 30, "fsdp2_offload")],
+)
+def test_the_base_is_whole_on_each_gpu_where_that_fits(
+    whole: float, shared: float, chosen: str
+) -> None:
+    name, reason = choose_strategy(whole * GIB, shared * GIB, 24 * GIB)
+    assert name == chosen
+    assert reason.startswith(f"strategy: {chosen}, since the whole base")
+    assert f"{whole:.1f} GiB of 24.0" in reason
+
+
+def footprint(layers: int, width: int, inner: int) -> Footprint:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 128,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    config_of_paper = LoRAConfig(r=64, dtype="bfloat16")
+    return estimate_footprint(
+        skeleton, QuantizationConfig(), config_of_paper, OptimizerConfig(), 512, True
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "gigabytes"),
+    [
+        ((32, 4096, 11008), 6.9),
+        ((40, 5120, 13824), 11.3),
+        ((60, 6656, 17920), 24.7),
+        ((80, 8192, 22016), 45.0),
+    ],
+)
+def test_the_papers_models_take_what_the_paper_says(
+    shape: tuple[int, int, int], gigabytes: float
+) -> None:
+    """Figure 6 of the paper (7B, 13B, 33B, 65B at 512 tokens), read off; 15 % for the reading."""
+    assert footprint(*shape).whole / 1e9 == pytest.approx(gigabytes, rel=0.15)
+
+
+def test_a_shared_base_takes_its_part_and_a_layer() -> None:
+    whole = footprint(80, 8192, 22016)
+    assert whole.shared(8) < whole.shared(2) < whole.whole
+    assert whole.weights / 8 < whole.shared(8) - whole.activations
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "named"),
+    [
+        ("quantization", {"quant_type": "int8"}, "quant_type: int8"),
+        ("quantization", {"storage_dtype": "bfloat16"}, "storage_dtype: bfloat16"),
+        ("quantization", {"compute_dtype": "float16"}, "compute_dtype: float16"),
+        ("lora", {"method": "dora"}, "model.lora.method: dora"),
+        ("lora", {"init": "eva"}, "model.lora.init: eva"),
+        ("lora", {"bias": "all"}, "model.lora.bias: all"),
+        ("lora", {"trainable_tokens": ["<x>"]}, "model.lora.trainable_tokens"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_by_name(part: str, settings: Any, named: str) -> None:
+    quantization = QuantizationConfig(**(settings if part == "quantization" else {}))
+    lora = LoRAConfig(**(settings if part == "lora" else {}))
+    with pytest.raises(ConfigurationError) as caught:
+        refuse_unshardable(quantization, lora, grows_vocabulary=False)
+    (sentence,) = caught.value.problems
+    assert named in sentence
+    assert "ddp takes all" in sentence
+    refuse_unshardable(QuantizationConfig(), LoRAConfig(), grows_vocabulary=False)
