@@ -30,20 +30,35 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_checkpoint(folder: Path, num_weights: float) -> int:
-    """Write a random LLaMA of about so many weights, layer by layer; returns how many."""
+def make_checkpoint(
+    folder: Path,
+    num_weights: float,
+    *,
+    width: int = WIDTH,
+    inner: int = INNER,
+    vocabulary: int = VOCABULARY,
+) -> int:
+    """Write a random LLaMA of about so many weights, layer by layer; returns how many.
+
+    Args:
+        folder: Where to.
+        num_weights: About how many; whole layers are made.
+        width: Of the residual stream; like ``inner`` a multiple of 64. Heads are 128 or 64 wide.
+        inner: Of the feed-forward layers.
+        vocabulary: Rows of the embedding, and of a head of its own.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
     layer = {
-        **{f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"},
-        "mlp.gate_proj": (INNER, WIDTH),
-        "mlp.up_proj": (INNER, WIDTH),
-        "mlp.down_proj": (WIDTH, INNER),
+        **{f"self_attn.{name}_proj": (width, width) for name in "qkvo"},
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
     }
     size = sum(math.prod(shape) for shape in layer.values())
-    num_layers = max(1, round((num_weights - 2 * VOCABULARY * WIDTH) / size))
+    num_layers = max(1, round((num_weights - 2 * vocabulary * width) / size))
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
 
@@ -59,31 +74,32 @@ def make_checkpoint(folder: Path, num_weights: float) -> int:
     write(
         "model-ends.safetensors",
         {
-            "model.embed_tokens.weight": random(VOCABULARY, WIDTH),
-            "lm_head.weight": random(VOCABULARY, WIDTH),
-            "model.norm.weight": torch.ones(WIDTH, dtype=torch.bfloat16),
+            "model.embed_tokens.weight": random(vocabulary, width),
+            "lm_head.weight": random(vocabulary, width),
+            "model.norm.weight": torch.ones(width, dtype=torch.bfloat16),
         },
     )
     for number in range(num_layers):
         prefix = f"model.layers.{number}."
         tensors = {f"{prefix}{name}.weight": random(*shape) for name, shape in layer.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = torch.ones(WIDTH, dtype=torch.bfloat16)
+            tensors[f"{prefix}{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
         write(f"model-{number:03d}.safetensors", tensors)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": places})
     )
+    num_heads = width // (128 if width >= 1024 else 64)
     LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=num_layers,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        vocab_size=VOCABULARY,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        vocab_size=vocabulary,
         tie_word_embeddings=False,
         dtype="bfloat16",
     ).save_pretrained(folder)
-    return num_layers * size + 2 * VOCABULARY * WIDTH
+    return num_layers * size + 2 * vocabulary * width
 
 
 def anonymous_bytes() -> int:

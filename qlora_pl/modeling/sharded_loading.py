@@ -16,6 +16,7 @@ from torch import nn
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.base_checksum import BaseWatch
+from qlora_pl.modeling.host_memory import release_freed_memory
 from qlora_pl.modeling.identity import BaseIdentity
 from qlora_pl.modeling.loading import (
     LoadedBase,
@@ -118,6 +119,7 @@ def load_sharded(
     is_made = makes_copy and not verify_packed(copy)
     if is_made:
         make_copy(identity, config, plan, copy, device, attn_implementation, trust_remote_code)
+        release_freed_memory(of_cycles=True)
     barrier()
     tensors = read_packed(copy)
     packing = bitsandbytes_config(config, compute_dtype, plan) if config.is_quantized else None
@@ -133,12 +135,14 @@ def load_sharded(
         account_for(base, plan, config, within=name_in_base(unit))
         watch.remember(model.get_submodule(unit), device, within=name_in_base(unit))
         shard(model.get_submodule(unit), mesh, offload)
+        release_freed_memory()
     fill(model, tensors, device, name_in_base)
     refuse_empty(model)
     watch.check(model, device, CUT)
     watch.remember(model, device)
     shard(base, mesh, offload)
     watch.check(model, device, CUT)
+    release_freed_memory(of_cycles=True)
     barrier()
     if is_made and not config.cache:
         shutil.rmtree(copy, ignore_errors=True)
