@@ -88,7 +88,7 @@ def hear(processes: Sequence[subprocess.Popen[str]], word: str) -> list[str]:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """A process's share of anonymous memory (PSS): what several map counts once over all of them."""
+    """A process's share of anonymous memory (PSS): what several map counts once for all."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     found = re.search(r"Pss_Anon:\s+(\d+) kB", text)
     return 1024 * int(found.group(1)) if found else 0
