@@ -198,11 +198,7 @@ def _words_checksum(words: Tensor, first: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _table(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Odd numbers, the same everywhere; and room for products with them.
-
-    The room is made once: made anew for each tensor it would be 8 MB that the C library does not
-    use again beside the small results that stay.
-    """
+    """Odd numbers, the same everywhere; and room for products with them, made once a device."""
     draw = torch.Generator().manual_seed(0)
     numbers = torch.randint(-(2**62), 2**62, (TABLE_WORDS,), generator=draw) * 2 + 1
     numbers = numbers.to(device)
