@@ -83,9 +83,7 @@ def measure(folder: Path, num_ranks: int = 2) -> dict[str, Any]:
         num_ranks: Processes.
     """
     cache = folder / "cache"
-    ranks = start_ranks(
-        Path(__file__), ["--load", str(folder)], num_ranks, QLORA_PL_CACHE=cache
-    )
+    ranks = start_ranks(Path(__file__), ["--load", str(folder)], num_ranks, QLORA_PL_CACHE=cache)
     try:
         hear(ranks, "READY")
         memory = PeakMemory([process.pid for process in ranks])

@@ -35,9 +35,7 @@ def save_base(
     inner: int = INNER,
 ) -> int:
     """A random LLaMA with that tokenizer; returns its number of weights."""
-    counted = make_checkpoint(
-        folder, num_weights, width=width, inner=inner, vocabulary=VOCABULARY
-    )
+    counted = make_checkpoint(folder, num_weights, width=width, inner=inner, vocabulary=VOCABULARY)
     save_tokenizer(folder)
     return counted
 

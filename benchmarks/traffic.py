@@ -211,7 +211,9 @@ def summarize(
             small = [small[0] + 1, small[1] + size]
         else:
             counted[kind] = counted.get(kind, 0) + size
-    formula = traffic(shape, "ddp" if strategy in ("one", "ddp") else "fsdp2", num_ranks, accumulation)
+    formula = traffic(
+        shape, "ddp" if strategy in ("one", "ddp") else "fsdp2", num_ranks, accumulation
+    )
     if num_ranks == 1:
         counted = {}
     expected = {
