@@ -36,7 +36,7 @@ def environment(**variables: object) -> dict[str, str]:
 def start_ranks(
     program: Path, arguments: Sequence[str], number: int, **variables: object
 ) -> list[subprocess.Popen[str]]:
-    """One process a rank, all on this machine, with pipes to each of them."""
+    """One process of a Python program a rank, all on this machine, with pipes to each of them."""
     shared = {
         "WORLD_SIZE": number,
         "LOCAL_WORLD_SIZE": number,
@@ -69,7 +69,7 @@ def hear(processes: Sequence[subprocess.Popen[str]], word: str) -> list[str]:
     """What each of them says after ``word``, waiting for it.
 
     Raises:
-        RuntimeError: with all that one has said, if it ends first.
+        RuntimeError: with what all of them have said, if one ends first.
     """
     answers = []
     for process in processes:
@@ -83,12 +83,13 @@ def hear(processes: Sequence[subprocess.Popen[str]], word: str) -> list[str]:
         else:
             for other in processes:
                 other.kill()
-            raise RuntimeError("".join(said))
+            rest = [other.communicate()[0] or "" for other in processes if other is not process]
+            raise RuntimeError("\n".join(text[-3000:] for text in ["".join(said), *rest]))
     return answers
 
 
 def anonymous_bytes(pid: int) -> int:
-    """A process's share of anonymous memory (PSS): what several map counts once for all."""
+    """A process's share of anonymous memory (PSS); what several map counts once in all."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     found = re.search(r"Pss_Anon:\s+(\d+) kB", text)
     return 1024 * int(found.group(1)) if found else 0
