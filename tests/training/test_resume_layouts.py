@@ -25,12 +25,12 @@ from qlora_pl.training.resuming import random_states_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 
-TOLERANCE = 2.0e-5
+TOLERANCE = 2.0e-4
 """Largest difference of a trained weight, of which the steps are 1e-2 each.
 
 Layouts add the same numbers in other groups (float32: 6e-8 of each sum) and pad to other widths;
 Adam divides by the root of a gradient's mean square, so that a weight whose gradient is nearly
-nothing moves by more. Measured over twelve steps: 2.5e-7.
+nothing moves by more. Measured: 2.5e-7 over twelve padded steps, 3.2e-5 over the packed ones.
 """
 SHAPES: dict[str, dict[str, Any]] = {
     "padded": {},
