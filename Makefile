@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-oldest test-gpu lint docs docs-check clean
+.PHONY: help quickstart test test-all test-oldest test-gpu faults lint docs docs-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,9 @@ test-gpu: $(VENV)/dev.done  ## those that need a GPU
 
 test-oldest:  ## the tests with the oldest supported transformers, in an environment of its own
 	$(MAKE) test VENV=.venv-oldest OLDEST=1
+
+faults: $(VENV)/dev.done  ## break runs at every operation and at random, and put the table into docs/reliability.md (an hour)
+	PYTHONPATH=tests:. $(BIN)/python -m faults
 
 lint: $(VENV)/dev.done  ## style, types
 	$(BIN)/ruff check .

@@ -226,6 +226,9 @@ def run_forked(request: dict[str, Any]) -> dict[str, Any]:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 codes[child] = os.waitstatus_to_exitcode(status)
+        fault = request["fault"]
+        if fault and fault["action"] == "stall" and len(codes) == len(children) - 1:
+            _kill(children)  # a stalled one ends only so, once all others have
         if time.monotonic() > deadline:
             is_timeout = True
             _kill(children)

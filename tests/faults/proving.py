@@ -87,7 +87,9 @@ def prove(
         if ended.code == 0 and _is_complete(runs, place):
             outcome.problems += _compared(runs, place)
             return outcome
-        if spoil is None and done - _newest_step(runs, place) > INTERVAL:
+        # A save goes on in the background: what is trained meanwhile comes on top of the interval.
+        due = done - done % INTERVAL
+        if spoil is None and due - _newest_step(runs, place) > INTERVAL:
             outcome.problems.append(f"step {done} was done, {_newest_step(runs, place)} is saved")
     if spoil is not None:
         outcome.damage = spoil(place)

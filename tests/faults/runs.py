@@ -117,6 +117,17 @@ class Runs:
         assert self.left(warm) == self.expected, ended.said
         return ended
 
+    @cached_property
+    def of_two_ranks(self) -> Left:
+        """What the uninterrupted run on two processes leaves behind."""
+        from faults.ranks import WORDS as MORE
+        from faults.ranks import places
+
+        workplace = self.new_workplace()
+        ended = self.run(workplace, None, *MORE, environments=places())
+        assert ended.codes == [0, 0], ended.said
+        return self.left(workplace)
+
     def close(self) -> None:
         """End the server."""
         self.server.close()

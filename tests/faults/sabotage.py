@@ -44,11 +44,3 @@ def never_syncs() -> None:
 def forgets_random_states() -> None:
     """A resumed run draws other dropout masks."""
     checkpoint.restore_random_states = lambda states: None  # type: ignore[attr-defined]
-
-
-def keeps_digests_only() -> None:
-    """What was read is believed, whatever its digest says."""
-    from qlora_pl.training import run_folder
-
-    run_folder.damage = lambda checkpoint, anew=False: None  # type: ignore[assignment]
-    checkpoint_files.damage = run_folder.damage  # type: ignore[attr-defined]

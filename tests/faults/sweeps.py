@@ -20,7 +20,7 @@ PARTS = {
     "save": f"from the end of step {SAVED} to the next save: a save, its check, what it replaces",
     "end": "from the end of the last step to the end of the command",
 }
-ACTIONS = ("kill", "EIO", "ENOSPC")
+ACTIONS = ("kill", "error")
 
 
 class Sweep:
@@ -51,19 +51,19 @@ class Sweep:
         self.reads = [place for place in found if place[0].startswith(READ)]
 
     def faults(self, action: str) -> list[Fault]:
-        """One at each operation; a full disk at each that takes space, and from then on."""
-        places = self.operations
-        if action == "ENOSPC":
-            places = [place for place in places if place[0].split()[0] in SPACE]
-        return [
-            Fault(
-                action=action,
-                operation=label,
-                occurrence=occurrence,
-                persists=action == "ENOSPC",
+        """One at each operation, ``kill`` or ``error``.
+
+        The error is a full disk, from then on, where the operation takes space; else one of the
+        disk's own.
+        """
+        found = []
+        for label, occurrence in self.operations:
+            is_full = action == "error" and label.split()[0] in SPACE
+            name = action if action == "kill" else "ENOSPC" if is_full else "EIO"
+            found.append(
+                Fault(action=name, operation=label, occurrence=occurrence, persists=is_full)
             )
-            for label, occurrence in places
-        ]
+        return found
 
     def outcome(self, fault: Fault) -> Outcome:
         """Of one fault."""
