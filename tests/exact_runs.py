@@ -38,6 +38,7 @@ class Float64Module(QLoRAModule):
             for parameter in self.trained_tensors().values():
                 noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
                 parameter.add_(0.1 * noise)
+        self.base_watch.remember(self.model, self.trainer.strategy.root_device)  # in float64
 
 
 class Steps(Callback):

@@ -50,6 +50,7 @@ def prove(words: list[str]) -> tuple[int, dict[str, Any], str]:
     return done.returncode, record, "\n".join([done.stderr, *record.get("details", [])])
 
 
+@pytest.mark.slow
 def test_a_run_is_proven_and_leaves_its_record_alone(words: list[str], tmp_path: Path) -> None:
     code, record, said = prove([*words, "--steps", "3"])
     assert code == 0, said
