@@ -119,12 +119,16 @@ def test_a_run_on_two_devices_is_proven(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_without_validation_rows_whose_epoch_is_one_step_is_proven(words: list[str]) -> None:
+def test_a_run_without_validation_rows_whose_epoch_is_one_step_is_proven(
+    words: list[str], tmp_path: Path
+) -> None:
     more = ["--data.val_size", "0", "--trainer.accumulate_grad_batches", "8"]
-    code, record, said = prove([*words, *more, "--trainer.logger.class_path", "CSVLogger"])
+    other = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path / 'logs'}}}}}"
+    code, record, said = prove([*words, *more, "--trainer.logger", other])
     assert code == 0, said
     assert record["verdict"] == "proven"
     assert not record["is_inside_an_epoch"]
+    assert not (tmp_path / "logs").exists()  # the user's logger is not written to
 
 
 @pytest.mark.slow
