@@ -97,6 +97,7 @@ def events(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in accumulator.Scalars(tag)]
 
 
+@pytest.mark.slow
 def test_a_run_killed_four_times_ends_as_the_uninterrupted_one(workplace: Path) -> None:
     """Ten micro-batches an epoch in steps of 4, 4 and 2, with validations after 4, 8, 14 and 18.
 

@@ -181,26 +181,24 @@ def _words(tensor: Tensor, offset: int) -> tuple[Tensor, int]:
 
 
 def _words_checksum(words: Tensor, first: int) -> Tensor:
-    table, products = _table(words.device)
+    table = _table(words.device)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     done = 0
     while done < words.numel():
         chunk, place = divmod(first + done, TABLE_WORDS)
         part = words[done : done + TABLE_WORDS - place]
-        numbers = table[place : place + part.numel()]
-        added = torch.mul(part, numbers, out=products[: part.numel()]).sum()
-        total += added * _signed(pow(CHUNK_FACTOR, chunk + 1, 2**64))
+        product = (part * table[place : place + part.numel()]).sum()
+        total += product * _signed(pow(CHUNK_FACTOR, chunk + 1, 2**64))
         done += part.numel()
     return total
 
 
 @lru_cache(maxsize=4)
-def _table(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Odd numbers, the same everywhere; and room for products with them, made once a device."""
+def _table(device: torch.device) -> Tensor:
+    """Odd numbers, the same everywhere."""
     draw = torch.Generator().manual_seed(0)
     numbers = torch.randint(-(2**62), 2**62, (TABLE_WORDS,), generator=draw) * 2 + 1
-    numbers = numbers.to(device)
-    return numbers, torch.empty_like(numbers)
+    return numbers.to(device)
 
 
 def _signed(value: int) -> int:

@@ -137,6 +137,7 @@ class QLoRAModule(LightningModule):
         self.identity: BaseIdentity | None = None
         self.last_step: StepStatistics | None = None
         self.last_evaluation: dict[str, float] = {}
+        self.on_oom = on_oom
         self.runner = MicroBatchRunner(on_oom)
         self._micro_batches: list[MicroBatch] = []
         self._skipped = SkippedSteps()

@@ -194,10 +194,10 @@ def test_the_layout_of_the_checkpoint_goes_on_in_the_same_bytes(
 @pytest.mark.parametrize(
     ("shape", "kill_at", "devices", "sizes"),
     [
-        ("padded", 3, (2, 1), (1, 2)),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ("padded", 3, (2, 1), (1, 2)),
                 ("padded", 3, (1, 2), (4, 2)),
                 ("padded", 7, (2, 1), (2, 4)),
                 ("padded", 7, (1, 2), (2, 1)),
