@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_pl.errors import CheckpointError, TrainingStoppedError
-from qlora_pl.modeling.parameters import int8_scales
+from qlora_pl.modeling.packed_model import decoding_tensors, name_in_base
 from qlora_pl.modeling.sharding import is_sharded
+from qlora_pl.modeling.state_precision import shard_rows
 
 WORD_BYTES = 8
 TABLE_WORDS = 2**20
 CHUNK_FACTOR = 0x9E3779B97F4A7C15  # odd: no change of a word is lost in a product modulo 2**64
-PEFT_PREFIX = "base_model.model."
 
 Checksums = dict[str, int]
 """Names of the base's tensors -> checksums, modulo 2**64."""
@@ -142,15 +142,11 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or "lora_" in name:
             continue
-        own_name = f"{name}.".removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")[:-1]
+        own_name = name_in_base(name)
         yield own_name, parameter.data
         owner = model.get_submodule(name.rpartition(".")[0])
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            for key, tensor in state.as_dict(packed=True).items():
-                yield f"{own_name}.{key}", tensor
-        elif (scales := int8_scales(owner)) is not None:
-            yield f"{own_name}.SCB", scales
+        for key, tensor in decoding_tensors(owner, parameter):
+            yield f"{own_name}.{key}", tensor
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -162,10 +158,10 @@ def checksum(tensor: Tensor) -> Tensor:
     offset = 0
     if is_sharded(tensor):
         cut = cast(Any, tensor)
+        # torch's own function for it makes a number for each row, which of packed bytes are eight
+        # times as many bytes; and a slice of what is cut would fetch all of it.
         mesh, num_rows = cut.device_mesh, cut.shape[0]
-        # As Shard(0) cuts. torch's own function for it makes a number for each row, which of packed
-        # bytes are eight times as many bytes; and a slice of what is cut would fetch all of it.
-        first = min(-(-num_rows // mesh.size()) * mesh.get_local_rank(), num_rows)
+        first = min(shard_rows(cut.shape, mesh.size()) * mesh.get_local_rank(), num_rows)
         offset = first * math.prod(cut.shape[1:]) * cut.element_size()
         tensor = cut.to_local()
     return _words_checksum(*_words(tensor, offset))

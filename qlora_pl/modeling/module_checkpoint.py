@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from qlora_pl.errors import CheckpointError
 from qlora_pl.modeling.compatibility import differences
 from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
+from qlora_pl.modeling.sharding import is_shared
 
 RECORD = "qlora_pl"
 """What the run is."""
@@ -26,9 +27,11 @@ def add_to_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint[PIECES] = module.runner.state_dict()
     if "optimizer_states" in checkpoint:
         named = list(module.trained_tensors().items())
+        # Copies on the host, which the first process alone writes; all have to give their shards.
+        is_needed = module.trainer.is_global_zero or is_shared(module.model)
         checkpoint["optimizer_states"] = [
             named_optimizer_state(_unwrap(optimizer), named)
-            for optimizer in module.trainer.optimizers
+            for optimizer in (module.trainer.optimizers if is_needed else [])
         ]
 
 

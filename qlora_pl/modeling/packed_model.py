@@ -17,6 +17,8 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.encoder_decoder import auto_class
 from qlora_pl.modeling.parameters import int8_scales
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before a base's names; an adapted layer's own become ``NAME.base_layer``."""
 SCALES = "SCB"
 """What bitsandbytes calls the scales of an int8 matrix."""
 
@@ -28,14 +30,23 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     for name, parameter in model.named_parameters():
         yield name, parameter.data
-        state = getattr(parameter, "quant_state", None)
-        scales = int8_scales(model.get_submodule(name.rpartition(".")[0]))
-        if state is not None:
-            for key, tensor in state.as_dict(packed=True).items():
-                yield f"{name}.{key}", tensor
-        elif parameter.dtype == torch.int8 and scales is not None:
-            yield f"{name}.{SCALES}", scales
+        for key, tensor in decoding_tensors(model.get_submodule(_owner(name)), parameter):
+            yield f"{name}.{key}", tensor
     yield from model.named_buffers()
+
+
+def decoding_tensors(layer: nn.Module, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """What a layer's packed weight is decoded with, under the last part of its name."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        yield from state.as_dict(packed=True).items()
+    elif weight.dtype == torch.int8 and (scales := int8_scales(layer)) is not None:
+        yield SCALES, scales
+
+
+def name_in_base(name: str) -> str:
+    """The name of an adapted model's tensor or module in its base."""
+    return f"{name}.".removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").removesuffix(".")
 
 
 class NamedTensors:

@@ -26,15 +26,13 @@ from qlora_pl.modeling.loading import (
     unquantized_dtype,
 )
 from qlora_pl.modeling.packed_cache import packed_folder, read_packed, verify_packed
-from qlora_pl.modeling.packed_model import empty_model, fill, refuse_empty
+from qlora_pl.modeling.packed_model import empty_model, fill, name_in_base, refuse_empty
 from qlora_pl.modeling.plan import AttentionKernel, QuantizationPlan, kernel_name
 from qlora_pl.modeling.quantization import QuantizationConfig, resolve_compute_dtype
 from qlora_pl.modeling.replacement import planned_replacement
 from qlora_pl.modeling.sharding import shard, unit_names
 from qlora_pl.modeling.verification import account_for
 
-BASE_PREFIX = "base_model.model."
-"""What PEFT puts before a base's names; an adapted layer's own become ``NAME.base_layer``."""
 CUT = "while it was cut over the devices"
 
 
@@ -148,8 +146,3 @@ def load_sharded(
         shutil.rmtree(copy, ignore_errors=True)
     source: Any = "quantised now" if is_made else "read from the cache"
     return LoadedBase(base, plan, compute_dtype, dtype, source), model
-
-
-def name_in_base(name: str) -> str:
-    """The name of an adapted model's tensor or module in its base."""
-    return f"{name}.".removeprefix(BASE_PREFIX).replace(".base_layer.", ".").removesuffix(".")

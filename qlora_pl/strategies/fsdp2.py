@@ -14,7 +14,6 @@ import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
-from torch import nn
 from torch.optim import Optimizer
 
 
@@ -113,10 +112,3 @@ class FSDP2Strategy(ModelParallelStrategy):
         """The same file in every process."""
         torch.cuda.empty_cache()
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
-
-
-def is_module_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was applied to a module."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)

@@ -36,7 +36,7 @@ from qlora_pl.training.checkpoint_files import (
     refuse_other_run,
     write_save,
 )
-from qlora_pl.training.checkpoint_writer import CheckpointWriter, host_copy
+from qlora_pl.training.checkpoint_writer import CheckpointWriter, on_host
 from qlora_pl.training.monitoring import validate_now
 from qlora_pl.training.random_state import restore_random_states
 from qlora_pl.training.resuming import (
@@ -313,8 +313,8 @@ class AdapterCheckpoint(Checkpoint):
         path = self._being_written = checkpoint_path(self.folder, boundary.step)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         kept = self._keep(module)
-        if module.product == "adapter":  # of a whole model there may be no room for a copy
-            checkpoint = host_copy(checkpoint)
+        if module.product == "adapter" and trainer.is_global_zero:
+            checkpoint = on_host(checkpoint)  # of a whole model there may be no room for a copy
         if trainer.is_global_zero:
             with self._noting_failure():
                 for log in trainer.loggers:  # what is logged up to here must survive a kill

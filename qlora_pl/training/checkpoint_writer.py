@@ -80,6 +80,12 @@ class CheckpointWriter:
             self.fail(error)
 
 
+def on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint whose tensors are copies in host memory; the optimizer's are already."""
+    copied = "optimizer_states"  # by ``named_optimizer_state``
+    return {key: held if key == copied else host_copy(held) for key, held in checkpoint.items()}
+
+
 def host_copy(value: Any) -> Any:
     """A nested value with its tensors copied to host memory, so that training may go on."""
     if isinstance(value, Tensor):

@@ -129,3 +129,15 @@ def test_a_run_goes_on_under_another_strategy(
     ours, expected = load_file(folder / WEIGHTS), load_file(tmp_path / "whole" / WEIGHTS)
     for name, tensor in ours.items():
         assert (tensor - expected[name]).abs().max() <= 1e-4, name
+
+
+@pytest.mark.slow
+def test_a_copy_that_is_not_to_be_kept_is_gone_after_loading(
+    tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_PL_CACHE", str(tmp_path / "cache"))
+    settings = settings_of(tiny_base, rows, tmp_path / "one", max_steps=1)
+    settings["quantization"] = {"cache": False}
+    noted = on_two(settings, "fsdp2", tmp_path / "two")
+    assert len(noted[0]["steps"]) == 1
+    assert list((tmp_path / "cache" / "packed").iterdir()) == []
