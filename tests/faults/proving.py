@@ -78,7 +78,7 @@ def prove(
     place = workplace or runs.new_workplace()
     outcome = Outcome(faults[0] if faults else None)
     for fault in faults:
-        saved, ended = _newest_step(runs, place), runs.run(place, fault, *words, **more)
+        saved, ended = newest_step(runs, place), runs.run(place, fault, *words, **more)
         outcome.said += ended.said
         outcome.problems += problems_of_ending(fault, ended)
         outcome.problems += torn_files(place)
@@ -87,13 +87,11 @@ def prove(
         if ended.code == 0 and _is_complete(runs, place):
             outcome.problems += _compared(runs, place)
             return outcome
-        # A save goes on in the background: what is trained meanwhile comes on top of the interval.
-        due = done - done % INTERVAL
-        if spoil is None and due - _newest_step(runs, place) > INTERVAL:
-            outcome.problems.append(f"step {done} was done, {_newest_step(runs, place)} is saved")
+        if spoil is None:
+            outcome.problems += lost_saves(done, newest_step(runs, place))
     if spoil is not None:
         outcome.damage = spoil(place)
-    whole = _newest_step(runs, place)
+    whole = newest_step(runs, place)
     resumed = runs.run(place, None, *words, **more)
     outcome.said += "\n--- resumed ---\n" + resumed.said
     if any(resumed.codes):
@@ -163,7 +161,19 @@ def torn_files(workplace: Path) -> list[str]:
     return problems
 
 
-def _newest_step(runs: Runs, workplace: Path) -> int:
+def lost_saves(done: int, saved: int) -> list[str]:
+    """A save goes on in the background: the one that was being written may be lost, and no other.
+
+    Args:
+        done: The last step that was trained.
+        saved: The step of the newest checkpoint that verifies.
+    """
+    due = done - done % INTERVAL
+    return [f"step {done} was done, {saved} is saved"] if due - saved > INTERVAL else []
+
+
+def newest_step(runs: Runs, workplace: Path) -> int:
+    """Of the newest checkpoint that verifies; 0 if there is none."""
     for run in sorted((workplace / "runs").glob("*/version_*"), reverse=True):
         if (newest := newest_verified(run)) is not None:
             return step_of(newest)

@@ -9,7 +9,7 @@ import socket
 
 from faults.fault import Fault
 from faults.fork_server import Ended
-from faults.proving import Outcome, torn_files
+from faults.proving import Outcome, lost_saves, newest_step, torn_files
 from faults.runs import Runs
 
 WORDS = (
@@ -71,6 +71,7 @@ def prove_ranks(runs: Runs, name: str) -> Outcome:
     outcome.said = broken.said
     outcome.problems = _problems(fault, broken) + torn_files(workplace)
     outcome.ending = "died" if fault.action in ("kill", "stall") else "said so and stopped"
+    outcome.problems += lost_saves(broken.steps, newest_step(runs, workplace))
     resumed = runs.run(workplace, None, *WORDS, environments=places())
     outcome.said += "\n--- resumed ---\n" + resumed.said
     if any(resumed.codes):
