@@ -177,7 +177,10 @@ CONFIGURED: dict[str, dict[str, Any]] = {
         "trainer": {
             "logger": [
                 {"class_path": "CSVLogger", "init_args": {"save_dir": "."}},
-                {"class_path": "security.test_secrets.KeyedLogger", "init_args": {"api_key": IN_WORDS}},
+                {
+                    "class_path": "security.test_secrets.KeyedLogger",
+                    "init_args": {"api_key": IN_WORDS},
+                },
             ]
         }
     },
