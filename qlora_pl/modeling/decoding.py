@@ -1,18 +1,11 @@
-"""Prompts -> answers: how a model is asked during a run (samples) and by ``predict``."""
+"""``DecodingConfig``: how answers are drawn; the original's options, checked against each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
-from qlora_pl.batch import PromptBatch
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.sharding import is_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,159 +14,116 @@ class DecodingConfig:
 
     max_new_tokens: int = 256
     """Tokens of an answer at most; the original's default is 256."""
+    min_new_tokens: int = 0
+    """Tokens before which an answer does not end; 0: it may be empty."""
+    max_length: int | None = None
+    """Tokens of a prompt and its answer together, at most; None: what the model can read."""
     do_sample: bool = False
-    """Whether answers are drawn at random. False: the likeliest token each time; temperature, top_p
-    and top_k then have no effect."""
+    """Whether answers are drawn at random. False: the likeliest token each time; temperature,
+    top_p, top_k and typical_p then have no effect."""
+    seed: int = 0
+    """Of what is drawn at random. Every prompt has a generator of its own, of this seed and its
+    row's number, so that an answer does not depend on the batch it is in."""
     temperature: float = 1.0
     """Divides the logits before sampling; the paper's evaluations used 0.7."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this share; the paper's evaluations used 0.9."""
     top_k: int = 0
     """Sample from so many likeliest tokens; 0: from all."""
+    typical_p: float = 1.0
+    """Sample from the tokens whose surprise is nearest to the expected one and that hold this share
+    (Meister et al. 2022, arXiv:2202.00666); 1.0: from all."""
+    num_beams: int = 1
+    """Beginnings of an answer that are followed at a time; 1: no beam search."""
+    early_stopping: bool | Literal["never"] = False
+    """When a beam search ends: true, at num_beams finished answers; false, when better ones are
+    unlikely; never, when there can be no better one."""
+    length_penalty: float = 1.0
+    """Power of an answer's length by which its score is divided in a beam search; above 0 favours
+    longer ones."""
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens that were there already; 1.0: none."""
+    """Divides the logits of tokens that were there already, prompt included (Keskar et al. 2019,
+    arXiv:1909.05858); 1.0: none."""
+    no_repeat_ngram_size: int = 0
+    """Runs of so many tokens occur once, prompt included; 0: as often as they like."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, and are no part of it."""
+    use_cache: bool = True
+    """Whether keys and values of earlier tokens are kept; without them each token costs a forward
+    over the whole text."""
 
     def __post_init__(self) -> None:
-        checks = [
-            (
-                self.max_new_tokens >= 1,
-                f"max_new_tokens: must be at least 1, got {self.max_new_tokens}",
-            ),
-            (self.temperature > 0, f"temperature: must be above 0, got {self.temperature}"),
-            (0 < self.top_p <= 1, f"top_p: must lie above 0, up to 1, got {self.top_p}"),
-            (self.top_k >= 0, f"top_k: must be 0 or more, got {self.top_k}"),
-            (
-                self.repetition_penalty > 0,
-                f"repetition_penalty: must be above 0, got {self.repetition_penalty}",
-            ),
-            (
-                self.do_sample or (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0),
-                "temperature, top_p and top_k have no effect with do_sample: false; set it to true",
-            ),
-        ]
-        if problems := [f"decoding.{sentence}." for holds, sentence in checks if not holds]:
+        if problems := [f"decoding.{sentence}." for holds, sentence in self._checks() if not holds]:
             raise ConfigurationError(problems)
 
+    def _checks(self) -> list[tuple[bool, str]]:
+        """Whether each rule holds, and what to say if not."""
+        bounds: list[tuple[str, bool, str]] = [
+            ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "be 0 or more"),
+            ("max_length", self.max_length is None or self.max_length >= 1, "be at least 1"),
+            ("temperature", self.temperature > 0, "be above 0"),
+            ("top_p", 0 < self.top_p <= 1, "lie above 0, up to 1"),
+            ("typical_p", 0 < self.typical_p <= 1, "lie above 0, up to 1"),
+            ("top_k", self.top_k >= 0, "be 0 or more"),
+            ("num_beams", self.num_beams >= 1, "be at least 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "be above 0"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "be 0 or more"),
+            ("seed", self.seed >= 0, "be 0 or more"),
+        ]
+        checks = [
+            (holds, f"{name}: must {rule}, got {getattr(self, name)}")
+            for name, holds, rule in bounds
+        ]
+        drawn = (self.temperature, self.top_p, self.top_k, self.typical_p)
+        beams = (self.early_stopping, self.length_penalty)
+        return [
+            *checks,
+            (
+                self.min_new_tokens <= self.max_new_tokens,
+                f"min_new_tokens: {self.min_new_tokens} is above max_new_tokens "
+                f"({self.max_new_tokens}); lower it",
+            ),
+            (
+                self.do_sample or drawn == (1.0, 1.0, 0, 1.0),
+                "temperature, top_p, top_k and typical_p have no effect with do_sample: false; "
+                "set it to true",
+            ),
+            (
+                self.num_beams > 1 or beams == (False, 1.0),
+                "early_stopping and length_penalty have no effect without num_beams above 1; set "
+                "it, or leave them out",
+            ),
+            (all(self.stop), "stop: an empty text would end every answer; leave it out"),
+        ]
+
+    @property
+    def draws_rows_apart(self) -> bool:
+        """Whether each row's tokens are drawn by a generator of its own."""
+        return self.do_sample and self.num_beams == 1
+
     def for_transformers(self) -> dict[str, Any]:
-        """The same as keyword arguments of ``generate``."""
+        """What transformers does of it, as keyword arguments of ``generate``.
+
+        The rest is done by ``RowLogits`` and ``RowLimits``, which know a row's padding and seed.
+        """
         arguments: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.do_sample,
-            "repetition_penalty": self.repetition_penalty,
+            "min_new_tokens": self.min_new_tokens or None,
+            "do_sample": self.do_sample and not self.draws_rows_apart,
+            "use_cache": self.use_cache,
         }
-        if self.do_sample:
+        if self.num_beams > 1:
+            arguments |= {
+                "num_beams": self.num_beams,
+                "early_stopping": self.early_stopping,
+                "length_penalty": self.length_penalty,
+            }
+        if arguments["do_sample"]:
             arguments |= {
                 "temperature": self.temperature,
                 "top_p": self.top_p,
                 "top_k": self.top_k,  # 0, not None, which transformers would read as its 50
+                "typical_p": self.typical_p,
             }
         return arguments
-
-
-def answer_rows(
-    model: nn.Module,
-    tokenizer: Any,
-    batch: PromptBatch,
-    stop_ids: Collection[int],
-    config: DecodingConfig,
-) -> list[dict[str, Any]]:
-    """Answer a batch of prompts: one mapping a row, with its number, prompt, answer, reference."""
-    given = [batch["input_ids"], batch["attention_mask"]]
-    if not batch["prompts"]:  # the end of a split that does not divide by the devices
-        if not is_shared(model):
-            return []
-        given = [tensor.new_ones(1, 1) for tensor in given]  # an answer that nobody wants
-    answers = generate_answers(model, tokenizer, given[0], given[1], stop_ids, config)
-    columns = (batch["row_ids"].tolist(), batch["prompts"], answers, batch["references"])
-    return [
-        {"row": row, "prompt": prompt, "answer": answer, "reference": reference}
-        for row, prompt, answer, reference in zip(*columns, strict=False)
-    ]
-
-
-def generate_answers(
-    model: nn.Module,
-    tokenizer: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    stop_ids: Collection[int],
-    config: DecodingConfig,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[str]:
-    """Answer left-padded prompts; modes and random states are as before afterwards.
-
-    Of a model that devices share all have to ask together, each its own prompts.
-
-    Args:
-        model: A language model, with or without adapters; a decoder beside an encoder writes the
-            answer alone, after its start token.
-        tokenizer: Its tokenizer.
-        input_ids: ``(B, T)``, padded on the left.
-        attention_mask: ``(B, T)``.
-        stop_ids: Tokens that end an answer; they are not part of the returned text.
-        config: How to draw.
-        should_stop: Asked after each token whether to leave the answers as they are.
-    """
-    from transformers import GenerationConfig  # slow to import
-
-    model_config: Any = model.config
-    num_given = 1 if model_config.is_encoder_decoder else input_ids.shape[1]
-    generation = GenerationConfig(
-        **config.for_transformers(),
-        decoder_start_token_id=getattr(model_config, "decoder_start_token_id", None),
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    with evaluation_mode(model), _without_own_settings(model), torch.no_grad():
-        output = model.generate(  # type: ignore[operator]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=generation,
-            synced_gpus=is_shared(model),  # whoever is done goes on until all are
-            stopping_criteria=[
-                lambda ids, _: torch.full((len(ids),), should_stop(), device=ids.device)
-            ],
-        )
-    answers = output[:, num_given:].tolist()
-    return [tokenizer.decode(_until_stop(ids, stop_ids)).strip() for ids in answers]
-
-
-@contextmanager
-def _without_own_settings(model: Any) -> Iterator[None]:
-    """Hide the base's generation_config.json, from which transformers fills what is not given.
-
-    Its repetition penalties and suppressed tokens would apply without being named anywhere.
-    """
-    from transformers import GenerationConfig  # slow to import
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = base.generation_config
-    base.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = own
-
-
-def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
-    end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and random states of their own, within the block.
-
-    Every module's mode is put back: setting the root to training would wake dropout that somebody
-    had silenced.
-    """
-    modes = {module: module.training for module in model.modules()}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from qlora_pl.batch import IGNORE_INDEX, Batch
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.encoder_decoder import decoder_inputs
+from qlora_pl.modeling.evaluation_mode import evaluation_mode
 from qlora_pl.modeling.loss import trained_logits
 
 

@@ -28,9 +28,10 @@ from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_t
 from qlora_pl.modeling.assembly import load_adapted, shards_parameters
 from qlora_pl.modeling.base_checksum import BaseWatch
 from qlora_pl.modeling.compatibility import describe_run, refuse_other_tensors
-from qlora_pl.modeling.decoding import DecodingConfig, answer_rows
+from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
 from qlora_pl.modeling.full_training import refuse_packed_weights
+from qlora_pl.modeling.generation import answer_rows
 from qlora_pl.modeling.gradients import scale_gradients
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.loading import LoadedBase, prepare_for_training

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_pl.batch import Batch, PackingProbe
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.decoding import evaluation_mode
+from qlora_pl.modeling.evaluation_mode import evaluation_mode
 from qlora_pl.modeling.loss import causal_lm_loss
 from qlora_pl.modeling.parameters import trainable_tensors
 

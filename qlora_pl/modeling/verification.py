@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.encoder_decoder import whole_inputs
+from qlora_pl.modeling.evaluation_mode import evaluation_mode
 from qlora_pl.modeling.parameters import int8_scales
 from qlora_pl.modeling.plan import QuantizationPlan
 from qlora_pl.modeling.quantization import QuantizationConfig

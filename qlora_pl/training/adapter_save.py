@@ -28,8 +28,8 @@ from qlora_pl.modeling.adapter_folder import (
     read_adapter_tensors,
     write_adapter_folder,
 )
-from qlora_pl.modeling.decoding import evaluation_mode
 from qlora_pl.modeling.encoder_decoder import auto_class_name, whole_inputs
+from qlora_pl.modeling.evaluation_mode import evaluation_mode
 from qlora_pl.modeling.loading import bitsandbytes_config
 from qlora_pl.modeling.model_folder import read_tensor_digests, write_model_folder
 from qlora_pl.modeling.parameters import adapter_tensors

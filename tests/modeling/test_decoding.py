@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from qlora_pl.data.batches.collation import collate_prompts
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.decoding import DecodingConfig, evaluation_mode, generate_answers
+from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.evaluation_mode import evaluation_mode
+from qlora_pl.modeling.generation import answer_batch, generate_answers
 from qlora_pl.modeling.identity import identify_base
 from qlora_pl.modeling.loading import load_base, prepare_for_training
 from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.modeling.plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.row_logits import RowLogits
 
 PROMPTS = ["How many legs has a spider?", "What?", "The capital of France is", "a"]
 EOS = 2
@@ -143,42 +146,156 @@ def test_the_bases_own_generation_settings_do_not_apply(model, prompts, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    "settings",
     [
-        ({}, {}),
-        ({"top_k": 3}, {"TopKLogitsWarper": ("top_k", 3)}),
-        ({"top_p": 0.9}, {"TopPLogitsWarper": ("top_p", 0.9)}),
-        ({"temperature": 0.7}, {"TemperatureLogitsWarper": ("temperature", 0.7)}),
-        ({"repetition_penalty": 1.2}, {"RepetitionPenaltyLogitsProcessor": ("penalty", 1.2)}),
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2, "repetition_penalty": 0.8},
+        {"min_new_tokens": 9},
+        {"num_beams": 3},
+        {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0, "repetition_penalty": 1.3},
+        {"use_cache": False},
     ],
-    ids=lambda value: ",".join(map(str, value)) or "none",
+    ids=str,
 )
-def test_sampling_uses_the_named_settings_and_no_defaults_of_transformers(
-    model, prompts, monkeypatch, settings, expected
+def test_settings_do_to_a_row_in_a_batch_what_transformers_does_to_it_alone(
+    model, prompts, settings
 ):
-    """The default of transformers is top_k 50; seen from the processors of ``generate``."""
-    used: dict[str, Any] = {}
-    base = type(model.get_base_model())
-    build = base._get_logits_processor
+    """Source: ``generate`` with a row alone, so that nothing is padded; greedy, float32."""
+    stop = int(answer(model, prompts, stop_ids=())[0].split()[4])
+    asked = answer(model, prompts, stop_ids=(EOS, stop), **settings)
+    for ids, text in zip(prompts, asked, strict=True):
+        with evaluation_mode(model), torch.no_grad():
+            alone = model.generate(
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                max_new_tokens=12,
+                do_sample=False,
+                eos_token_id=[EOS, stop],
+                pad_token_id=EOS,
+                **settings,
+            )[0, len(ids) :].tolist()
+        end = next((place for place, token in enumerate(alone) if token in (EOS, stop)), None)
+        assert text == Ids.decode(alone[:end])
 
-    def see(*arguments: Any, **keywords: Any) -> Any:
-        processors = build(*arguments, **keywords)
-        used.update({type(processor).__name__: processor for processor in processors})
-        return processors
 
-    monkeypatch.setattr(base, "_get_logits_processor", see)
-    answer(model, prompts[:1], do_sample=True, **settings)
-    assert used.keys() == expected.keys()
-    for name, (attribute, value) in expected.items():
-        assert getattr(used[name], attribute) == value
+def test_padding_is_no_text_that_could_be_repeated(model, prompts):
+    """Transformers alone takes it for some: the end of text, with which it pads, is penalised."""
+    shortest = min(prompts, key=len)
+    first = int(answer(model, [shortest], stop_ids=())[0].split()[0])
+    asked = {"max_new_tokens": 1, "no_repeat_ngram_size": 1}
+    batch = [[*prompts[0], 7], [token for token in shortest if token != first]]
+    config = DecodingConfig(**asked)
+    inputs = collate_prompts([("", ids) for ids in batch], ["", ""], np.arange(2), first)
+    tokens = (inputs["input_ids"], inputs["attention_mask"])
+    assert first in tokens[0][1]
+    together = generate_answers(model, Ids, *tokens, (), config)
+    assert together[1] == answer(model, batch[1:], stop_ids=(), **asked)[0]
 
 
-def test_sampled_answers_follow_the_seed(model, prompts):
-    def sample(seed: int) -> list[str]:
-        torch.manual_seed(seed)
-        return answer(model, prompts, do_sample=True, temperature=2.0)
+# --- drawing --------------------------------------------------------------------------------------
 
-    assert sample(1) == sample(1) != sample(2)
+
+def test_a_sampled_answer_depends_on_its_seed_and_row_and_on_nothing_beside_it(model, prompts):
+    settings = {"do_sample": True, "temperature": 2.0, "stop_ids": ()}
+    batch = answer(model, prompts, **settings)
+    assert batch == answer(model, prompts, **settings)
+    assert batch != answer(model, prompts, seed=1, **settings)
+    for row, ids in enumerate(prompts):
+        inputs = (torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+        config = DecodingConfig(do_sample=True, temperature=2.0, max_new_tokens=12)
+        (alone,) = answer_batch(model, Ids, *inputs, (), config, row_ids=[row])
+        assert alone.text == batch[row]
+    same = answer(model, [prompts[0]] * 4, **settings)
+    assert len(set(same)) == 4
+
+
+def test_what_is_drawn_has_the_probabilities_of_the_logits():
+    """Source: the softmax in float64; 4 standard errors of 40,000 draws."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
+    config = DecodingConfig(do_sample=True, temperature=0.7)
+    draw = RowLogits(config, [0], [5], torch.device("cpu"))
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    number = 40_000
+    drawn = torch.tensor([int(draw(ids, logits).argmax()) for _ in range(number)])
+    shares = torch.bincount(drawn, minlength=5).double() / number
+    expected = (logits[0].double() / 0.7).softmax(0)
+    error = (expected * (1 - expected) / number).sqrt()
+    assert ((shares - expected).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 3}, {"top_p": 0.6}, {"typical_p": 0.5}, {"top_k": 4, "top_p": 0.9}]
+)
+def test_only_tokens_that_the_settings_leave_are_drawn(settings):
+    """Source: transformers' own warpers, one after the other in its order."""
+    from transformers.generation import logits_process as library
+
+    draws = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 40, generator=draws)
+    kept = logits / 1.5
+    for key, name in (("top_k", "TopK"), ("top_p", "TopP"), ("typical_p", "Typical")):
+        if key in settings:
+            kept = getattr(library, f"{name}LogitsWarper")(settings[key])(None, kept)
+    config = DecodingConfig(do_sample=True, temperature=1.5, **settings)
+    draw = RowLogits(config, [0], [0], torch.device("cpu"))
+    drawn = {int(draw(torch.zeros(1, 1), logits.clone()).argmax()) for _ in range(3000)}
+    allowed = set(kept.isfinite().nonzero()[:, 1].tolist())
+    assert drawn <= allowed
+    assert len(drawn) > len(allowed) / 2
+    assert len(allowed) < 30
+
+
+def test_a_sampled_beam_search_is_the_same_alone_and_in_a_batch(model, prompts):
+    settings = {"do_sample": True, "temperature": 2.0, "num_beams": 2, "stop_ids": ()}
+    batch = answer(model, prompts, **settings)
+    assert batch == answer(model, prompts, **settings)
+    assert batch[0] == answer(model, prompts[:1], **settings)[0]
+    assert batch != answer(model, prompts, seed=3, **settings)
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+def ends(model: nn.Module, prompts: list[list[int]], stop_ids: Any = (), **settings: Any) -> Any:
+    batch = collate_prompts(
+        [("", ids) for ids in prompts], [""] * len(prompts), np.arange(len(prompts)), EOS
+    )
+    config = DecodingConfig(**{"max_new_tokens": 12} | settings)
+    tokens = (batch["input_ids"], batch["attention_mask"])
+    return answer_batch(model, Ids, *tokens, stop_ids, config)
+
+
+def test_a_text_ends_an_answer_and_is_no_part_of_it(model, prompts):
+    whole = [found.text for found in ends(model, prompts)]
+    stop = " " + " ".join(whole[0].split()[3:5])
+    found = ends(model, prompts, stop=(stop,))
+    assert found[0].text == " ".join(whole[0].split()[:3])
+    assert found[0].stop_reason == "stop_text"
+    assert len(found[0].ids) == 5
+    for row, text in enumerate(whole):
+        if stop not in text:
+            assert (found[row].text, found[row].stop_reason) == (text, "length")
+
+
+def test_a_prompt_and_its_answer_stay_within_a_length_of_both(model, prompts):
+    longest = max(len(ids) for ids in prompts)
+    found = ends(model, prompts, max_length=longest + 2)
+    whole = ends(model, prompts)
+    for ids, one, other in zip(prompts, found, whole, strict=True):
+        assert len(one.ids) == min(12, longest + 2 - len(ids))
+        assert one.ids == other.ids[: len(one.ids)]
+        assert one.stop_reason == "length"
+
+
+def test_every_answer_says_why_it_ended(model, prompts):
+    whole = ends(model, prompts)
+    token = whole[0].ids[2]
+    assert ends(model, prompts[:1], (token,))[0].stop_reason == "stop_token"
+    batch = (torch.tensor([prompts[0]]), torch.ones(1, len(prompts[0]), dtype=torch.long))
+    config = DecodingConfig(max_new_tokens=12)
+    (cut,) = answer_batch(model, Ids, *batch, (), config, should_stop=lambda: True)
+    assert cut.stop_reason == "interrupted"
 
 
 @pytest.mark.parametrize(
@@ -192,6 +309,15 @@ def test_sampled_answers_follow_the_seed(model, prompts):
         ({"temperature": 0.7}, "have no effect with do_sample: false; set it to true."),
         ({"top_p": 0.9}, "have no effect with do_sample: false; set it to true."),
         ({"top_k": 5}, "have no effect with do_sample: false; set it to true."),
+        ({"typical_p": 0.5}, "have no effect with do_sample: false; set it to true."),
+        ({"do_sample": True, "typical_p": 0.0}, "decoding.typical_p: must lie above 0, up to 1"),
+        ({"min_new_tokens": 300}, "min_new_tokens: 300 is above max_new_tokens (256); lower it."),
+        ({"num_beams": 0}, "decoding.num_beams: must be at least 1, got 0."),
+        ({"length_penalty": 2.0}, "have no effect without num_beams above 1; set it"),
+        ({"early_stopping": True}, "have no effect without num_beams above 1; set it"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size: must be 0 or more, got -1."),
+        ({"max_length": 0}, "decoding.max_length: must be at least 1, got 0."),
+        ({"stop": ("",)}, "decoding.stop: an empty text would end every answer; leave it out."),
     ],
 )
 def test_a_bad_setting_is_one_sentence(settings, sentence):

@@ -25,7 +25,7 @@ from qlora_pl.data.batches.pair_batches import collate_pairs
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.compute import compute_cost
-from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
+from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.encoder_decoder import (
     auto_class_name,
     decoder_inputs,
@@ -35,6 +35,7 @@ from qlora_pl.modeling.encoder_decoder import (
     whole_inputs,
 )
 from qlora_pl.modeling.eva import start_at_activations
+from qlora_pl.modeling.generation import generate_answers
 from qlora_pl.modeling.identity import identify_base
 from qlora_pl.modeling.loading import load_base, prepare_for_training
 from qlora_pl.modeling.module import QLoRAModule
