@@ -2,10 +2,10 @@
 
     python benchmarks/traffic.py [--only ddp:2:1]
 
-Each layout is a run of its own (see traffic_rank.py). What its processes hand to torch's collectives
-in a step is held against the formulas of wire.py, and so is what the loopback interface received.
-The processes run in a network of their own where the system allows it (``unshare``), so that
-nothing else is counted there.
+Each layout is a run of its own (see traffic_rank.py). What its processes hand to torch's
+collectives in a step is held against the formulas of wire.py, and so is what the loopback interface
+received. The processes run in a network of their own where the system allows it (``unshare``), so
+that nothing else is counted there.
 """
 
 from __future__ import annotations
@@ -199,9 +199,7 @@ def main() -> None:
     chosen = layouts(arguments.quick)
     if arguments.only:
         strategy, number, accumulation = arguments.only.split(":")
-        chosen = [
-            Layout(strategy=strategy, processes=int(number), accumulation=int(accumulation))
-        ]
+        chosen = [Layout(strategy=strategy, processes=int(number), accumulation=int(accumulation))]
     with tempfile.TemporaryDirectory() as folder:
         result = measure_all(Path(folder), chosen)
     result["has_own_network"] = "QLORA_PL_OWN_NETWORK" in os.environ

@@ -1,7 +1,7 @@
 """One process of traffic.py: a short run that counts what it hands to torch's collectives.
 
-Counted is one optimizer step, through a dispatch mode, which sees the exchanges that C++ starts too;
-the steps before it are timed, and the loopback interface's counter is read around them.
+Counted is one optimizer step, through a dispatch mode, which sees the exchanges that C++ starts
+too; the steps before it are timed, and the loopback interface's counter is read around them.
 """
 
 from __future__ import annotations

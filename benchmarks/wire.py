@@ -157,8 +157,8 @@ def fsdp2_traffic(shape: Shape, num_devices: int, accumulation: int) -> Traffic:
     """Every layer and both ends are fetched forwards and backwards, in each micro-batch.
 
     The embedding, which nothing is done with backwards, is fetched there too: torch fetches each
-    unit while the one after it is still computed with, whether or not it will be needed. Activations
-    that are computed again find their layer fetched. Adapters' gradients are reduced in each
+    unit while another is still computed with, whether or not it will be needed. Activations that
+    are computed again find their layer fetched. Adapters' gradients are reduced in each
     micro-batch, so that no device holds all of them.
     """
     layers, a = shape.num_layers, accumulation
