@@ -11,8 +11,9 @@ from typing import Any
 
 from wire import LLAMA_7B, LLAMA_33B, LLAMA_70B, Shape, traffic
 
+NVLINK = "NVLink, 450 GB/s"
 LINKS = {
-    "NVLink, 450 GB/s": (450e9, 3e-6),
+    NVLINK: (450e9, 3e-6),
     "400 Gb/s": (50e9, 10e-6),
     "100 Gb/s": (12.5e9, 10e-6),
     "10 GbE": (1.25e9, 50e-6),
@@ -23,6 +24,8 @@ FLOPS = 790e12
 TOKENS = 2048
 """Of a micro-batch of one device, one sequence."""
 COUNTS = (8, 64, 256, 1024)
+OF_ONE_MACHINE = 8
+"""GPUs that NVLink joins; a ring over more of them runs at the speed of the network between."""
 
 
 def flops_per_token(shape: Shape, length: int, recomputes: bool = True) -> float:
@@ -70,6 +73,7 @@ def table(accumulation: int) -> list[dict[str, Any]]:
             "communication_seconds": {
                 link: communication_seconds(shape, strategy, num_devices, accumulation, link)
                 for link in LINKS
+                if num_devices <= OF_ONE_MACHINE or link != NVLINK
             },
         }
         for shape in (LLAMA_7B, LLAMA_33B, LLAMA_70B)
@@ -85,7 +89,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"| --- | --- | --- | --- | {' | '.join('---' for _ in LINKS)} | --- |",
     ]
     for row in rows:
-        seconds = [_seconds(value) for value in row["communication_seconds"].values()]
+        by_link = row["communication_seconds"]
+        seconds = [_seconds(by_link[link]) if link in by_link else "" for link in LINKS]
         lines.append(
             f"| {row['model']} | {row['strategy']} | {row['devices']} | "
             f"{row['sent_bytes'] / 1e9:.2f} | {' | '.join(seconds)} | "
@@ -96,29 +101,3 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.3f}" if value < 0.1 else f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
-def memory(shape: Shape, num_devices: int, tokens: int = TOKENS) -> dict[str, float]:
-    """Bytes on each of several GPUs under fsdp2, by what they are, with 32-bit AdamW.
-
-    Args:
-        shape: The model.
-        num_devices: That share it.
-        tokens: Of a micro-batch; activations of one layer at a time are recomputed.
-    """
-    packed = shape.num_quantized / 2 + shape.num_layers * shape.norm_bytes + shape.ends_bytes
-    layer = sum(a * b for a, b in shape.matrices) / 2 + shape.norm_bytes
-    of_layer = shape.num_adapter_weights / shape.num_layers * 4
-    width, inner, key_value = shape.hidden, shape.inner, shape.key_value
-    # bf16 numbers a token that one layer keeps for its backward pass, eager PEFT, no dropout:
-    # performance formula 14h + 4h(1 + kv/h) + 8i + 14r bytes
-    kept = 14 * width + 4 * (width + key_value) + 8 * inner + 14 * shape.rank
-    return {
-        "part of the base": packed / num_devices,
-        "constants, whole": shape.constant_bytes,
-        "two layers and the ends, whole": 2 * (layer + of_layer) + shape.ends_bytes,
-        "a matrix decoded to bfloat16": 2 * max(a * b for a, b in shape.matrices),
-        "part of adapters, gradients, AdamW": 16 * shape.num_adapter_weights / num_devices,
-        "activations": tokens * (2 * width * shape.num_layers + kept),
-        "logits and their gradients": 12.0 * tokens * shape.vocabulary,
-    }

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,26 +67,35 @@ def say(processes: Sequence[subprocess.Popen[str]], word: str = "") -> None:
 
 
 def hear(processes: Sequence[subprocess.Popen[str]], word: str) -> list[str]:
-    """What each of them says after ``word``, waiting for it.
+    """What each of them says after ``word``, waiting for all of them.
 
     Raises:
-        RuntimeError: with what all of them have said, if one ends first.
+        RuntimeError: with how they ended and what they said, if one ends first.
     """
-    answers = []
-    for process in processes:
-        assert process.stdout is not None
-        said = []
-        for line in process.stdout:
-            said.append(line)
+    said: list[list[str]] = [[] for _ in processes]
+
+    def answer(rank: int) -> str | None:
+        output = processes[rank].stdout
+        assert output is not None
+        for line in output:
+            said[rank].append(line)
             if line.startswith(word):
-                answers.append(line.removeprefix(word).strip())
-                break
-        else:
-            for other in processes:
-                other.kill()
-            rest = [other.communicate()[0] or "" for other in processes if other is not process]
-            raise RuntimeError("\n".join(text[-3000:] for text in ["".join(said), *rest]))
-    return answers
+                return line.removeprefix(word).strip()
+        for other in processes:  # they would wait for the one that has ended
+            other.kill()
+        return None
+
+    with ThreadPoolExecutor(len(processes)) as pool:
+        answers = list(pool.map(answer, range(len(processes))))
+    if None in answers:
+        raise RuntimeError(
+            "\n".join(
+                f"rank {rank} ended with {process.wait()}:\n{''.join(said[rank])[-3000:]}"
+                for rank, process in enumerate(processes)
+                if answers[rank] is None
+            )
+        )
+    return [found for found in answers if found is not None]
 
 
 def anonymous_bytes(pid: int) -> int:

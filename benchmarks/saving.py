@@ -1,6 +1,6 @@
 """What saving and leaving cost: the pause of a save, seconds from SIGTERM to exit, and to go on.
 
-    python benchmarks/saving.py [--ranks 2] [--strategy ddp]
+    python benchmarks/saving.py [--strategy ddp]
 
 A run of the command line over a synthetic base saves every third step; it gets SIGTERM in the
 middle of a step, and is started again with ``--ckpt_path auto``.
@@ -39,15 +39,16 @@ def rank(words: list[str]) -> int:
         print("EVENT" + json.dumps(value), flush=True)
 
     begin, end = AdapterCheckpoint.on_train_batch_start, AdapterCheckpoint.on_train_batch_end
+    at_exception = AdapterCheckpoint.on_exception
     last = [-1]
 
     def timed_begin(self: Any, trainer: Any, *rest: Any) -> None:
         if last[0] < 0:
             last[0] = trainer.global_step
             note("begins", trainer.global_step)
-        saved, started = len(self.saved_steps), time.perf_counter()
+        newest, started = self.saved_steps[-1:], time.perf_counter()
         begin(self, trainer, *rest)
-        kind = "save" if len(self.saved_steps) > saved else "no save"
+        kind = "no save" if self.saved_steps[-1:] == newest else "save"
         note(kind, trainer.global_step, time.perf_counter() - started)
 
     def timed_end(self: Any, trainer: Any, *rest: Any) -> None:
@@ -56,6 +57,11 @@ def rank(words: list[str]) -> int:
             note("step", trainer.global_step)
         end(self, trainer, *rest)
 
+    def timed_exception(self: Any, *rest: Any) -> None:
+        at_exception(self, *rest)
+        note("written", last[0])  # all that the run leaves behind
+
+    AdapterCheckpoint.on_exception = timed_exception  # type: ignore[method-assign]
     AdapterCheckpoint.on_train_batch_start = timed_begin  # type: ignore[method-assign]
     AdapterCheckpoint.on_train_batch_end = timed_end  # type: ignore[method-assign]
     sys.argv = ["qlora-pl", *words]
@@ -113,62 +119,70 @@ def until(ranks: list[subprocess.Popen[str]], kind: str, step: int) -> list[dict
 
 
 def leave(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
-    """Send SIGTERM to all, and wait."""
+    """Send SIGTERM to all, and wait; seconds until all was written, and until all were gone."""
     sent = time.time()
     for process in ranks:
         process.send_signal(signal.SIGTERM)
     said = [process.communicate()[0] for process in ranks]
+    gone = time.time() - sent
+    lines = [line.removeprefix("EVENT") for line in said[0].splitlines() if "EVENT" in line]
+    written = [event["at"] for event in map(json.loads, lines) if event["kind"] == "written"]
     codes = [process.returncode for process in ranks]
-    return {"seconds": time.time() - sent, "exit_codes": codes, "said": said[0][-400:]}
+    if not written or codes != [128 + signal.SIGTERM] * len(ranks):
+        raise RuntimeError(f"The run did not leave in order, exit codes {codes}:\n{said[0]}")
+    return {"to_written": written[0] - sent, "to_exit": gone, "exit_codes": codes}
 
 
 def measure(folder: Path, strategy: str, num_ranks: int, lora_rank: int) -> dict[str, Any]:
-    """One layout: saves, a signal, and going on."""
+    """One layout: saves, a signal, going on, and another signal."""
     write_config(folder, strategy, num_ranks, lora_rank)
     ranks = start(folder, num_ranks)
     try:
         events = until(ranks, "step", STOPPED_AFTER)
-        left = leave(ranks)
+        left = [leave(ranks)]
         again = time.time()
         ranks = start(folder, num_ranks, "--ckpt_path", "auto")
         later = until(ranks, "step", STOPPED_AFTER + 1)
-        leave(ranks)
+        left.append(leave(ranks))
     finally:
         for process in ranks:
             process.kill()
     begins, first = later[0], next(event for event in later if event["kind"] == "step")
     ends = [event["at"] for event in events if event["kind"] == "step"]
-    saves = [event["seconds"] for event in events if event["kind"] == "save"]
-    others = [event["seconds"] for event in events if event["kind"] == "no save"]
-    files = [p for p in folder.glob("runs/**/*") if p.is_file() and "checkpoint" in p.name]
+    pauses = {
+        kind: [event["seconds"] for event in events if event["kind"] == kind]
+        for kind in ("save", "no save")
+    }
     return {
         "strategy": strategy,
         "processes": num_ranks,
         "seconds_between_steps": statistics.median(
             after - before for before, after in itertools.pairwise(ends)
         ),
-        "first_save_seconds": saves[0],
-        "save_seconds": statistics.median(saves[1:]),
-        "no_save_seconds": statistics.median(others),
-        "checkpoint_bytes": max((path.stat().st_size for path in files), default=0),
-        "sigterm_to_exit_seconds": left["seconds"],
-        "exit_codes": left["exit_codes"],
+        "first_save_seconds": pauses["save"][0],
+        "save_seconds": pauses["save"][1:],
+        "no_save_seconds": statistics.median(pauses["no save"]),
+        "checkpoint_bytes": max(p.stat().st_size for p in folder.glob("runs/**/*.ckpt")),
+        "sigterm_to_written_seconds": [one["to_written"] for one in left],
+        "sigterm_to_exit_seconds": [one["to_exit"] for one in left],
+        "exit_codes": [one["exit_codes"] for one in left],
         "resumed_at_step": begins["step"],
         "restart_to_batch_seconds": begins["at"] - again,
         "restart_to_step_seconds": first["at"] - again,
     }
 
 
-def measure_all(repeats: int, lora_rank: int, layouts: list[tuple[str, int]]) -> dict[str, Any]:
+def measure_all(lora_rank: int, layouts: list[tuple[str, int]]) -> dict[str, Any]:
     """Every layout, in a folder of its own."""
     runs = []
-    for strategy, number in layouts * repeats:
-        print(f"saving: {strategy} on {number}", file=sys.stderr, flush=True)
+    for number, (strategy, num_ranks) in enumerate(layouts, start=1):
+        place = f"{number}/{len(layouts)}"
+        print(f"saving {place}: {strategy} on {num_ranks}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             save_base(folder / "base")
             write_rows(folder / "rows.jsonl", 256, 64)
-            runs.append(measure(folder, strategy, number, lora_rank))
+            runs.append(measure(folder, strategy, num_ranks, lora_rank))
     return {"lora_rank": lora_rank, "runs": runs}
 
 
@@ -177,12 +191,11 @@ def main() -> int:
     if sys.argv[1:2] == ["--run"]:
         return rank(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--lora-rank", type=int, default=64)
     parser.add_argument("--strategy", choices=[name for name, _ in LAYOUTS])
     arguments = parser.parse_args()
     layouts = [one for one in LAYOUTS if arguments.strategy in (None, one[0])]
-    print(json.dumps(measure_all(arguments.repeats, arguments.lora_rank, layouts), indent=2))
+    print(json.dumps(measure_all(arguments.lora_rank, layouts), indent=2))
     return 0
 
 

@@ -1,9 +1,11 @@
 """Seconds and bytes of optimizer steps that several gloo processes take together.
 
-A rank counts what it hands to torch's collectives in one step, through a dispatch mode that sees
-C++'s calls as well; other steps are timed, and the loopback interface's counters are read around
-them. The processes run in a network of their own where the system allows it (``unshare``), so that
-nothing else is counted there.
+    python benchmarks/traffic.py [--only ddp:2:1]
+
+Each layout is a run of its own (see traffic_rank.py). What its processes hand to torch's
+collectives in a step is held against the formulas of wire.py, and so is what the loopback interface
+received. The processes run in a network of their own where the system allows it (``unshare``), so
+that nothing else is counted there.
 """
 
 from __future__ import annotations
@@ -16,165 +18,71 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from processes import hear, start_ranks
-from synthetic import INNER, VOCABULARY, WIDTH, save_base, write_rows
-from wire import Shape, traffic
+from synthetic import INNER, NUM_WEIGHTS, VOCABULARY, WIDTH, save_base, write_rows
+from wire import Shape, Traffic, traffic
 
+RANK_PROGRAM = Path(__file__).with_name("traffic_rank.py")
 GLOBAL_BATCH = 16
 NUM_TOKENS = 64
-RANK_OF_ADAPTERS = 16
-WARM_UP, TIMED = 1, 3
-"""Steps before the timed ones, and those; one more is counted."""
-SMALL_BYTES = 1024
-"""Exchanges below this are bookkeeping: sums of losses, norms, agreement on signals."""
+BOOKKEEPING_BYTES = 256
+"""Exchanges below this are sums of losses, a norm, agreement on a signal; the smallest part of the
+model that travels alone, its last norm, has 1024 bytes."""
 
 
-def loopback_bytes() -> int:
-    """What this machine, or this network namespace, has received from itself."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, numbers = line.partition(":")
-        if name.strip() == "lo":
-            return int(numbers.split()[0])
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run is spread, and what of it is measured."""
+
+    strategy: str
+    processes: int
+    accumulation: int = 1
+    lora_rank: int = 16
+    checkpointing: bool = True
+    """Whether activations are computed again in the backward pass."""
+    warm_up: int = 1
+    """Steps that nothing is measured of."""
+    timed: int = 3
+    """Steps that are timed, before the one that is counted."""
+
+    @property
+    def num_steps(self) -> int:
+        """Of the run."""
+        return self.warm_up + self.timed + 1
 
 
-def counting() -> Any:
-    """A dispatch mode that notes each collective's kind and the bytes of its whole buffer."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    kinds = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter"}
-    kinds |= {"allreduce": "all_reduce", "broadcast": "broadcast", "alltoall": "all_to_all"}
-
-    class Counting(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[tuple[str, int]] = []
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            namespace, _, name = func.name().partition("::")
-            if namespace == "c10d":
-                plain = name.lstrip("_")
-                kind = next((kinds[start] for start in kinds if plain.startswith(start)), plain)
-                tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-                # of a gather and a scatter the larger of input and output is the whole
-                size = max((t.numel() * t.element_size() for t in tensors), default=0)
-                self.seen.append((kind, size))
-            return func(*args, **(kwargs or {}))
-
-    return Counting()
+def layouts(is_quick: bool) -> list[Layout]:
+    """Those of the published table, or the smallest that show anything."""
+    if is_quick:
+        return [Layout(strategy=name, processes=2, timed=1) for name in ("ddp", "fsdp2")]
+    spread = [("one", 1, 1), ("ddp", 2, 1), ("ddp", 2, 4), ("ddp", 4, 1)]
+    spread += [("fsdp2", 2, 1), ("fsdp2", 2, 4), ("fsdp2", 4, 1), ("fsdp2_offload", 2, 1)]
+    return [Layout(strategy=s, processes=n, accumulation=a) for s, n, a in spread]
 
 
-def rank(settings: dict[str, Any]) -> None:
-    """One process of a run; prints what it measured."""
-    import torch.distributed as dist
-    from lightning.pytorch import Callback, Trainer, seed_everything
+def run(base: Path, rows: Path, layout: Layout) -> list[dict[str, Any]]:
+    """What each process of one run measured.
 
-    from qlora_pl.data.datamodule import InstructionDataModule
-    from qlora_pl.modeling.adapters import LoRAConfig
-    from qlora_pl.modeling.module import QLoRAModule
-    from qlora_pl.modeling.optimizers import OptimizerConfig
-    from qlora_pl.modeling.quantization import QuantizationConfig
-    from qlora_pl.strategies.choice import strategy_named
-
-    num_ranks = int(os.environ["WORLD_SIZE"])
-    counter = counting()
-
-    class Watch(Callback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.step = -1
-            self.received = 0
-
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            if self.step == trainer.global_step:
-                return
-            self.step = trainer.global_step
-            if self.step == WARM_UP:
-                _meet(num_ranks)
-                self.received = -loopback_bytes()
-                _meet(num_ranks)
-            if self.step == WARM_UP + TIMED:
-                counter.__enter__()
-            self.started = time.perf_counter()
-
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == self.step:
-                return
-            self.seconds.append(time.perf_counter() - self.started)
-            if self.step == WARM_UP + TIMED:
-                counter.__exit__(None, None, None)
-            if self.step == WARM_UP + TIMED - 1:
-                _meet(num_ranks)
-                self.received += loopback_bytes()
-
-    def _meet(number: int) -> None:
-        if number > 1:
-            dist.barrier()
-
-    seed_everything(1)
-    watch, accumulation = Watch(), settings["accumulation"]
-    module = QLoRAModule(
-        settings["base"],
-        quantization=QuantizationConfig(compute_dtype="bfloat16"),
-        lora=LoRAConfig(r=RANK_OF_ADAPTERS),
-        optimizer=OptimizerConfig(name="adamw_torch"),
-        gradient_checkpointing=True,
-    )
-    data = InstructionDataModule(
-        settings["rows"],
-        template="guanaco",
-        val_size=0,
-        batch_size=GLOBAL_BATCH // (num_ranks * accumulation),
-    )
-    strategy = settings["strategy"] if settings["strategy"] != "one" else "auto"
-    Trainer(
-        default_root_dir=settings["folder"],
-        max_steps=WARM_UP + TIMED + 1,
-        accumulate_grad_batches=accumulation,
-        gradient_clip_val=0.3,
-        accelerator="cpu",
-        devices=num_ranks,
-        strategy=strategy_named(strategy),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        callbacks=[watch],
-    ).fit(module, data)
-    measured = {
-        "seconds": watch.seconds[WARM_UP : WARM_UP + TIMED],
-        "loopback_bytes": watch.received / TIMED,
-        "collectives": counter.seen,
-    }
-    print("MEASURED" + json.dumps(measured), flush=True)
-
-
-def run(
-    base: Path, rows: Path, strategy: str, num_ranks: int, accumulation: int
-) -> list[dict[str, Any]]:
-    """What each rank of one run measured."""
+    Args:
+        base: From ``save_base``.
+        rows: From ``write_rows``; enough for the layout's steps.
+        layout: Of the run; its processes and micro-batches divide ``GLOBAL_BATCH``.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
+        settings = asdict(layout) | {
             "base": str(base),
             "rows": str(rows),
             "folder": folder,
-            "strategy": strategy,
-            "accumulation": accumulation,
+            "batch_size": GLOBAL_BATCH // (layout.processes * layout.accumulation),
         }
-        arguments = ["--rank", json.dumps(settings)]
+        cache = base.parent / "cache"
         ranks = start_ranks(
-            Path(__file__), arguments, num_ranks, QLORA_PL_CACHE=base.parent / "cache"
+            RANK_PROGRAM, [json.dumps(settings)], layout.processes, QLORA_PL_CACHE=cache
         )
         try:
             found = [json.loads(answer) for answer in hear(ranks, "MEASURED")]
@@ -186,8 +94,8 @@ def run(
     return found
 
 
-def shape_of(num_weights: int) -> Shape:
-    """The synthetic base."""
+def shape_of(num_weights: int, lora_rank: int) -> Shape:
+    """The synthetic base under adapters."""
     layer = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER
     return Shape(
         name="synthetic",
@@ -196,54 +104,56 @@ def shape_of(num_weights: int) -> Shape:
         num_layers=round((num_weights - 2 * VOCABULARY * WIDTH) / layer),
         vocabulary=VOCABULARY,
         key_value=WIDTH,
-        rank=RANK_OF_ADAPTERS,
+        rank=lora_rank,
     )
 
 
-def summarize(
-    shape: Shape, strategy: str, num_ranks: int, accumulation: int, found: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """A run's counts beside the formula's, whole bytes by kind, and what the interface counted."""
-    counted: dict[str, int] = {}
-    small = [0, 0]
-    for kind, size in found[0]["collectives"]:
-        if size < SMALL_BYTES:
-            small = [small[0] + 1, small[1] + size]
-        else:
-            counted[kind] = counted.get(kind, 0) + size
-    formula = traffic(
-        shape, "ddp" if strategy in ("one", "ddp") else "fsdp2", num_ranks, accumulation
-    )
-    if num_ranks == 1:
-        counted = {}
-    expected = {
-        kind: getattr(formula, kind)
-        for kind in ("all_gather", "reduce_scatter", "all_reduce")
-        if getattr(formula, kind) and num_ranks > 1
-    }
-    wire = num_ranks * formula.sent_by_gloo(num_ranks)
+def predicted(shape: Shape, layout: Layout) -> Traffic:
+    """What the formulas say of a run."""
+    if layout.strategy == "one":
+        return Traffic()
+    strategy = layout.strategy.removesuffix("_offload")
+    return traffic(shape, strategy, layout.processes, layout.accumulation)
+
+
+def summarize(shape: Shape, layout: Layout, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """A run's counts beside the formula's, by kind, and what the interface received.
+
+    ``is_equal`` says whether every process counted just the formula's bytes and exchanges.
+    """
+    formula = predicted(shape, layout)
+    kinds = ("all_gather", "reduce_scatter", "all_reduce")
+    expected = {kind: getattr(formula, kind) for kind in kinds if getattr(formula, kind)}
+    counts, exchanges = zip(*(_whole(one["collectives"]) for one in found), strict=True)
+    bookkeeping = [size for _, size in found[0]["collectives"] if size < BOOKKEEPING_BYTES]
+    gloo = layout.processes * formula.sent_by_gloo(layout.processes)
     received = found[0]["loopback_bytes"]
-    return {
-        "strategy": strategy,
-        "processes": num_ranks,
-        "accumulation": accumulation,
+    return asdict(layout) | {
         "seconds_per_step": statistics.median(found[0]["seconds"]),
         "seconds": found[0]["seconds"],
-        "counted_bytes": counted,
+        "counted_bytes": counts[0],
         "formula_bytes": expected,
-        "is_equal": counted == expected,
-        "sent_by_each": formula.sent(num_ranks) if num_ranks > 1 else 0,
-        "bookkeeping": {"exchanges": small[0], "bytes": small[1]},
-        "gloo_total_bytes": wire if num_ranks > 1 else 0,
+        "counted_exchanges": exchanges[0],
+        "formula_exchanges": formula.num_messages,
+        "is_equal": all(one == expected for one in counts)
+        and all(number == formula.num_messages for number in exchanges),
+        "sent_by_each_bytes": formula.sent(layout.processes),
+        "bookkeeping": {"exchanges": len(bookkeeping), "bytes": sum(bookkeeping)},
+        "gloo_bytes": gloo,
         "loopback_bytes": received,
-        "loopback_over_gloo": received / wire if num_ranks > 1 else None,
+        "loopback_over_gloo": received / gloo if gloo else None,
     }
 
 
-def layouts() -> list[tuple[str, int, int]]:
-    """Strategy, processes and accumulation of every run."""
-    several = [(s, n) for n in (2, 4) for s in ("ddp", "fsdp2", "fsdp2_offload")]
-    return [(s, n, a) for s, n in [("one", 1), *several] for a in (1, 4)]
+def _whole(collectives: list[tuple[str, int]]) -> tuple[dict[str, int], int]:
+    """Bytes by kind, and exchanges, without bookkeeping."""
+    by_kind: Counter[str] = Counter()
+    number = 0
+    for kind, size in collectives:
+        if size >= BOOKKEEPING_BYTES:
+            by_kind[kind] += size
+            number += 1
+    return dict(by_kind), number
 
 
 def own_network() -> list[str]:
@@ -255,25 +165,19 @@ def own_network() -> list[str]:
     return words if done.returncode == 0 else []
 
 
-def measure_all(folder: Path, repeats: int, chosen: list[tuple[str, int, int]]) -> dict[str, Any]:
-    """Every layout, all of them once and then again, so that ratios are of neighbours."""
-    shape = shape_of(save_base(folder / "base"))
-    rows = write_rows(folder / "rows.jsonl", GLOBAL_BATCH * (WARM_UP + TIMED + 1), NUM_TOKENS)
-    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {layout: [] for layout in chosen}
-    for repeat in range(repeats):
-        for number, layout in enumerate(chosen):
-            place = f"{repeat * len(chosen) + number + 1}/{repeats * len(chosen)}"
-            print(f"traffic {place}: {layout}", file=sys.stderr, flush=True)
-            summary = summarize(shape, *layout, run(folder / "base", rows, *layout))
-            found[layout].append(summary)
+def measure_all(folder: Path, chosen: list[Layout]) -> dict[str, Any]:
+    """Every layout once, over the same base and rows."""
+    counted = save_base(folder / "base", NUM_WEIGHTS)
+    num_steps = max(layout.num_steps for layout in chosen)
+    rows = write_rows(folder / "rows.jsonl", GLOBAL_BATCH * num_steps, NUM_TOKENS)
     runs = []
-    for of_layout in found.values():
-        seconds = [one["seconds_per_step"] for one in of_layout]
-        runs.append(of_layout[0] | {"seconds_per_step": statistics.median(seconds)})
-        runs[-1]["spread"] = max(seconds) / min(seconds)
-        runs[-1]["is_equal"] = all(one["is_equal"] for one in of_layout)
+    for number, layout in enumerate(chosen, start=1):
+        words = f"{layout.strategy} on {layout.processes}, {layout.accumulation} micro-batches"
+        print(f"traffic {number}/{len(chosen)}: {words}", file=sys.stderr, flush=True)
+        shape = shape_of(counted, layout.lora_rank)
+        runs.append(summarize(shape, layout, run(folder / "base", rows, layout)))
     return {
-        "weights": shape.num_quantized + 2 * VOCABULARY * WIDTH,
+        "weights": counted,
         "layers": shape.num_layers,
         "adapter_weights": shape.num_adapter_weights,
         "rows_per_step": GLOBAL_BATCH,
@@ -285,24 +189,20 @@ def measure_all(folder: Path, repeats: int, chosen: list[tuple[str, int, int]]) 
 def main() -> None:
     """Print every layout's counts as JSON; see scale.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", help="strategy:processes:accumulation")
-    parser.add_argument("--rank", help="(for the processes that this one starts)")
     arguments = parser.parse_args()
-    if arguments.rank:
-        rank(json.loads(arguments.rank))
-        return
     network = own_network()
     if network and "QLORA_PL_OWN_NETWORK" not in os.environ:
         os.environ["QLORA_PL_OWN_NETWORK"] = "1"
         os.execvp(network[0], [*network, sys.executable, *sys.argv])
-    chosen = layouts()
+    chosen = layouts(arguments.quick)
     if arguments.only:
         strategy, number, accumulation = arguments.only.split(":")
-        chosen = [(strategy, int(number), int(accumulation))]
+        chosen = [Layout(strategy=strategy, processes=int(number), accumulation=int(accumulation))]
     with tempfile.TemporaryDirectory() as folder:
-        result = measure_all(Path(folder), arguments.repeats, chosen)
-    result["has_own_network"] = bool(network)
+        result = measure_all(Path(folder), chosen)
+    result["has_own_network"] = "QLORA_PL_OWN_NETWORK" in os.environ
     print(json.dumps(result, indent=2))
 
 

@@ -12,6 +12,8 @@ ADAPTER_BYTES = 4
 """Adapters, and so their gradients, are float32."""
 BLOCK, DOUBLE_BLOCK = 64, 256
 """Weights that share a constant, and constants that share one."""
+NUM_ENDS = 3
+"""Units besides the layers: embedding, head, last norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +87,19 @@ LLAMA_70B = Shape(
 """LLaMA 7B and 33B (Touvron et al. 2023, arXiv:2302.13971), Llama 2 70B (arXiv:2307.09288)."""
 
 
-def padded(rows: int, row_bytes: float, num_devices: int) -> float:
+def padded(rows: int, row_bytes: int, num_devices: int) -> int:
     """Bytes of a tensor that is cut along its rows, each device's part as long as the longest."""
     return -(-rows // num_devices) * num_devices * row_bytes
 
 
-def gathered_layer(shape: Shape, num_devices: int) -> float:
+def gathered_layer(shape: Shape, num_devices: int) -> int:
     """Bytes that one decoder layer's parameters take once they are together."""
     packed = sum(padded(a * b // 2, 1, num_devices) for a, b in shape.matrices)
     norms = 2 * padded(shape.hidden, shape.rest_bytes, num_devices)
     return packed + norms + adapters_of_layer(shape, num_devices)
 
 
-def adapters_of_layer(shape: Shape, num_devices: int) -> float:
+def adapters_of_layer(shape: Shape, num_devices: int) -> int:
     """Bytes of one decoder layer's A ``(rank, inputs)`` and B ``(outputs, rank)``."""
     return sum(
         padded(shape.rank, inputs * ADAPTER_BYTES, num_devices)
@@ -106,7 +108,7 @@ def adapters_of_layer(shape: Shape, num_devices: int) -> float:
     )
 
 
-def gathered_ends(shape: Shape, num_devices: int) -> float:
+def gathered_ends(shape: Shape, num_devices: int) -> int:
     """Bytes of embedding, head and last norm once they are together."""
     row = shape.hidden * shape.rest_bytes
     norm = padded(shape.hidden, shape.rest_bytes, num_devices)
@@ -117,9 +119,9 @@ def gathered_ends(shape: Shape, num_devices: int) -> float:
 class Traffic:
     """Whole bytes of an optimizer step's exchanges, by kind; without bookkeeping."""
 
-    all_gather: float = 0
-    reduce_scatter: float = 0
-    all_reduce: float = 0
+    all_gather: int = 0
+    reduce_scatter: int = 0
+    all_reduce: int = 0
     num_messages: int = 0
     """Exchanges, one after the other."""
 
@@ -134,23 +136,37 @@ class Traffic:
         return share * (self.all_gather + 2 * self.reduce_scatter + 2 * self.all_reduce)
 
 
+def num_buckets(shape: Shape, bucket_bytes: int) -> int:
+    """Tensors that gradients are copied into, each up to so many bytes of whole gradients."""
+    number, filled = 1, 0
+    for inputs, outputs in shape.matrices * shape.num_layers:
+        for size in (shape.rank * inputs * ADAPTER_BYTES, shape.rank * outputs * ADAPTER_BYTES):
+            if filled and filled + size > bucket_bytes:
+                number, filled = number + 1, 0
+            filled += size
+    return number
+
+
 def ddp_traffic(shape: Shape, bucket_bytes: int = 25_000_000) -> Traffic:
     """One sum of the adapters' gradients a step, and a number that says which tensors have one."""
     total = (shape.num_adapter_weights + shape.num_adapter_tensors) * ADAPTER_BYTES
-    return Traffic(all_reduce=total, num_messages=-(-total // bucket_bytes))
+    return Traffic(all_reduce=total, num_messages=num_buckets(shape, bucket_bytes))
 
 
 def fsdp2_traffic(shape: Shape, num_devices: int, accumulation: int) -> Traffic:
-    """Every layer is fetched forwards and backwards, in each micro-batch; the ends once.
+    """Every layer and both ends are fetched forwards and backwards, in each micro-batch.
 
-    Adapters' gradients are reduced in each micro-batch, so that no device holds all of them.
+    The embedding, which nothing is done with backwards, is fetched there too: torch fetches each
+    unit while another is still computed with, whether or not it will be needed. Activations that
+    are computed again find their layer fetched. Adapters' gradients are reduced in each
+    micro-batch, so that no device holds all of them.
     """
     layers, a = shape.num_layers, accumulation
-    fetched = 2 * layers * gathered_layer(shape, num_devices) + gathered_ends(shape, num_devices)
+    whole = layers * gathered_layer(shape, num_devices) + gathered_ends(shape, num_devices)
     return Traffic(
-        all_gather=a * fetched,
+        all_gather=2 * a * whole,
         reduce_scatter=a * layers * adapters_of_layer(shape, num_devices),
-        num_messages=a * (3 * layers + 1),
+        num_messages=a * (2 * (layers + NUM_ENDS) + layers),
     )
 
 
