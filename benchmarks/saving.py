@@ -62,7 +62,9 @@ def rank(words: list[str]) -> int:
     return qlora_pl()
 
 
-def write_config(folder: Path, strategy: str, num_ranks: int, lora_rank: int) -> Path:
+def write_config(
+    folder: Path, strategy: str, num_ranks: int, lora_rank: int, accelerator: str
+) -> Path:
     """A run that would go on for a thousand steps."""
     config = {
         "run": {"name": "saved", "root": str(folder / "runs")},
@@ -80,7 +82,7 @@ def write_config(folder: Path, strategy: str, num_ranks: int, lora_rank: int) ->
         "samples": {"prompts": []},
         "checkpoint": {"every_n_steps": SAVES_EVERY},
         "trainer": {
-            "accelerator": "cpu",
+            "accelerator": accelerator,
             "devices": num_ranks,
             "strategy": "auto" if strategy == "one" else strategy,
             "max_steps": 1000,
@@ -122,9 +124,11 @@ def leave(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
     return {"seconds": time.time() - sent, "exit_codes": codes, "said": said[0][-400:]}
 
 
-def measure(folder: Path, strategy: str, num_ranks: int, lora_rank: int) -> dict[str, Any]:
+def measure(
+    folder: Path, strategy: str, num_ranks: int, lora_rank: int, accelerator: str = "cpu"
+) -> dict[str, Any]:
     """One layout: saves, a signal, and going on."""
-    write_config(folder, strategy, num_ranks, lora_rank)
+    write_config(folder, strategy, num_ranks, lora_rank, accelerator)
     ranks = start(folder, num_ranks)
     try:
         events = until(ranks, "step", STOPPED_AFTER)
@@ -140,7 +144,7 @@ def measure(folder: Path, strategy: str, num_ranks: int, lora_rank: int) -> dict
     ends = [event["at"] for event in events if event["kind"] == "step"]
     saves = [event["seconds"] for event in events if event["kind"] == "save"]
     others = [event["seconds"] for event in events if event["kind"] == "no save"]
-    files = [p for p in folder.glob("runs/**/*") if p.is_file() and "checkpoint" in p.name]
+    files = list(folder.glob("runs/**/*.ckpt"))
     return {
         "strategy": strategy,
         "processes": num_ranks,
