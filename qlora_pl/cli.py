@@ -211,7 +211,9 @@ class QLoRACLI(LightningCLI):
         chosen = chosen if isinstance(chosen, list) else [chosen]
         essential += default_bars(chosen, config["enable_progress_bar"])
         if config["strategy"] == "auto" and (number := num_gpus(Namespace(config))) > 1:
-            config["strategy"] = fitting_strategy(self.model, self.datamodule, number)
+            config["strategy"] = fitting_strategy(
+                self.model, self.datamodule, number, self._start.ranks.least
+            )
         if isinstance(config["strategy"], str):
             config["strategy"] = strategy_named(config["strategy"])
         return super()._instantiate_trainer(config, [*essential, *callbacks])

@@ -7,6 +7,7 @@ never reached is a problem too, the harness's own.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,7 @@ def prove(
             outcome.problems += _compared(runs, place)
             return outcome
         if spoil is None:
-            outcome.problems += lost_saves(done, newest_step(runs, place))
+            outcome.problems += lost_saves(ended, newest_step(runs, place))
     if spoil is not None:
         outcome.damage = spoil(place)
     whole = newest_step(runs, place)
@@ -161,15 +162,21 @@ def torn_files(workplace: Path) -> list[str]:
     return problems
 
 
-def lost_saves(done: int, saved: int) -> list[str]:
+def lost_saves(ended: Ended, saved: int) -> list[str]:
     """A save goes on in the background: the one that was being written may be lost, and no other.
 
     Args:
-        done: The last step that was trained.
+        ended: How the run ended.
         saved: The step of the newest checkpoint that verifies.
     """
-    due = done - done % INTERVAL
-    return [f"step {done} was done, {saved} is saved"] if due - saved > INTERVAL else []
+    labels = " ".join(event.get("operation", "") for event in ended.events)
+    begun = max((int(step) for step in re.findall(r"step-(\d{8})", labels)), default=0)
+    problems = []
+    if begun - saved > INTERVAL:
+        problems.append(f"a save of step {begun} was begun, {saved} is saved")
+    if ended.steps - max(begun, saved) > INTERVAL:
+        problems.append(f"step {ended.steps} was done, and no save after {max(begun, saved)} begun")
+    return problems
 
 
 def newest_step(runs: Runs, workplace: Path) -> int:

@@ -71,7 +71,7 @@ def prove_ranks(runs: Runs, name: str) -> Outcome:
     outcome.said = broken.said
     outcome.problems = _problems(fault, broken) + torn_files(workplace)
     outcome.ending = "died" if fault.action in ("kill", "stall") else "said so and stopped"
-    outcome.problems += lost_saves(broken.steps, newest_step(runs, workplace))
+    outcome.problems += lost_saves(broken, newest_step(runs, workplace))
     resumed = runs.run(workplace, None, *WORDS, environments=places())
     outcome.said += "\n--- resumed ---\n" + resumed.said
     if any(resumed.codes):
