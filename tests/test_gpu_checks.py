@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -80,19 +81,91 @@ def test_what_the_time_does_not_suffice_for_is_reported_and_fails(tmp_path: Path
     assert record["versions"]["bitsandbytes"]
 
 
-@pytest.mark.slow
-def test_a_check_that_takes_too_long_is_ended_with_its_runs_and_keeps_what_it_found(
-    tmp_path: Path,
+STAND_IN = """
+import json, pathlib, subprocess, sys, time
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+name, folder = words["--check"], pathlib.Path(words["--keep"])
+claims = [{"claim": "so it is", "passed": name != "wrong"}]
+(folder / f"findings-{name}.json").write_text(json.dumps({"claims": claims, "numbers": {}}))
+if name == "endless":
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(600)", str(folder)])
+sys.exit(name == "broken")
+"""
+"""A program that is asked for checks as gpu_checks.py is."""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The package beside the script, whose folder is on the path while a test needs it."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        source = getattr(sys.modules[name], "__file__", None) or ""
+        if source.startswith(str(SCRIPT.parent)):
+            del sys.modules[name]
+
+
+def test_a_check_that_fails_breaks_or_never_ends_leaves_the_others_alone(
+    gpu: Any, tmp_path: Path
 ) -> None:
-    """Some 12 s suffice for the first layout of several, at most."""
-    keep = tmp_path / "keep"
-    words = ("--rehearse", "--only", "ranks", "--minutes", 0.2)
-    code, _ = run(*words, "--out", tmp_path / "out", "--keep", keep)
-    [check] = record_in(tmp_path / "out")["checks"].values()
-    assert code == 1
-    assert check["outcome"] == "timed out"
-    assert check["seconds"] < 12 + 25  # the patience of SIGTERM and SIGKILL
-    assert processes_that_name(keep) == []
+    """Lanes side by side; the endless one's own process is ended too, and its findings are kept."""
+    check, record, running = (gpu(f"gpu.{name}") for name in ("place", "record", "running"))
+    lanes = [["right", "wrong", "last"], ["broken"], ["endless", "after"]]
+    limits = {"endless": 3.0}
+    checks = [
+        [check.Check(name, "", "", limits.get(name, 60.0), name) for name in lane] for lane in lanes
+    ]
+    program = tmp_path / "program.py"
+    program.write_text(STAND_IN)
+    kept = record.Record(tmp_path / "out", [c for lane in checks for c in lane], False)
+    runner = running.Runner(kept, tmp_path, program, 600.0)
+    runner.side_by_side(checks)
+    [path] = (tmp_path / "out").glob("gpu-2*.json")
+    found = json.loads(path.read_text())
+    assert {name: c["outcome"] for name, c in found["checks"].items()} == {
+        "right": "passed",
+        "wrong": "failed",
+        "last": "passed",
+        "broken": "failed",
+        "endless": "timed out",
+        "after": "passed",
+    }
+    assert not found["passed"]
+    assert found["checks"]["endless"]["claims"]
+    assert processes_that_name(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "passed", "outcome"),
+    [
+        (0, [True, None], "passed"),
+        (0, [True, False], "failed"),
+        (1, [True], "failed"),
+        (0, [], "failed"),
+        (0, [None], "needs CUDA"),
+    ],
+)
+def test_a_check_passes_only_if_it_has_shown_something(
+    gpu: Any, exit_code: int, passed: list[bool | None], outcome: str
+) -> None:
+    claims = [{"claim": "", "passed": value} for value in passed]
+    assert gpu("gpu.running").judge(exit_code, claims) == outcome
+
+
+def test_the_digest_of_packed_bytes_sees_one_bit(gpu: Any, tiny_base: Path) -> None:
+    from adapter_runs import load
+
+    notes = gpu("gpu.notes")
+    model = load(tiny_base).model
+    before = notes.packed_digest(model)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    assert notes.packed_digest(model) == before
+    weight.data.view(-1)[-1] ^= 1
+    assert notes.packed_digest(model) != before
+    sizes = notes.base_bytes(model)
+    assert 2 * sizes["packed"] == sizes["packed_weights"]
+    assert notes.packed_types(model).keys() == {"torch.uint8"}
 
 
 @pytest.mark.slow

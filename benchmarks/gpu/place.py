@@ -1,16 +1,16 @@
-"""``Place`` and ``Findings``: where a check works, on what size of model, and what it notes."""
+"""What a check is given: where it works, on what size of model, and what takes its findings."""
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from synthetic import save_base
-
-from qlora_pl.files import write_json
 
 NEEDS_CUDA = "needs CUDA"
 SMALL = {"num_weights": 5.4e7, "width": 1024, "inner": 2816}
@@ -18,6 +18,20 @@ SMALL = {"num_weights": 5.4e7, "width": 1024, "inner": 2816}
 LARGE = {"num_weights": 1.3e9, "width": 2048, "inner": 5504}
 REHEARSED = {"num_weights": 5.0e5, "width": 128, "inner": 256}
 """For both; a rank-128 adapter still has tensors of 16,384 elements, whose state is in 8 bits."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of the checks that the command knows."""
+
+    name: str
+    place: str
+    """Module of this package and function in it, which takes a ``Place`` and ``Findings``."""
+    lane: str
+    """Checks of one lane go one after the other."""
+    seconds: float
+    """Its limit on a GPU."""
+    title: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,26 +68,35 @@ class Place:
         """
         kind = "small" if self.is_rehearsal else kind
         folder = self.folder / f"base-{kind}"
-        if not (folder / "done").is_file():
-            sizes = REHEARSED if self.is_rehearsal else {"small": SMALL, "large": LARGE}[kind]
-            save_base(folder, sizes["num_weights"], int(sizes["width"]), int(sizes["inner"]))
-            (folder / "done").touch()
+        sizes = REHEARSED if self.is_rehearsal else {"small": SMALL, "large": LARGE}[kind]
+        with self._once(folder.name) as is_first:
+            if is_first:
+                save_base(folder, sizes["num_weights"], int(sizes["width"]), int(sizes["inner"]))
         return folder
 
     def rows(self) -> Path:
         """Rows of five lengths."""
         path = self.folder / "rows.jsonl"
-        if not path.is_file():
-            lines = [
-                {
-                    "instruction": f"How many legs has animal {number:03d}?",
-                    "output": "It has " + "eight legs " * (1 + number % 5) + "in all.",
-                }
-                for number in range(64)
-            ]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            path.write_text(text)
+        lines = [
+            {
+                "instruction": f"How many legs has animal {number:03d}?",
+                "output": "It has " + "eight legs " * (1 + number % 5) + "in all.",
+            }
+            for number in range(64)
+        ]
+        with self._once(path.name) as is_first:
+            if is_first:
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return path
+
+    @contextmanager
+    def _once(self, name: str) -> Iterator[bool]:
+        """Whether what is shared is still to be made; other checks wait meanwhile."""
+        done = self.folder / f"{name}.done"
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield not done.is_file()
+            done.touch()
 
 
 class Findings:
@@ -105,7 +128,6 @@ class Findings:
         self._save()
 
     def _save(self) -> None:
+        from qlora_pl.files import write_json
+
         write_json(self.path, {"claims": self.claims, "numbers": self.numbers})
-
-
-Check = Callable[[Place, Findings], None]

@@ -79,17 +79,17 @@ def _start_proof(
 
 def paging(place: Place, findings: Findings) -> None:
     """Paged optimizers against their twins in ordinary memory, whole and resumed."""
-    for bits, plain in (("32bit", "adamw_32bit"), ("8bit", "adamw_8bit")):
-        whole = {name: _optimizer_run(place, name) for name in (plain, f"paged_adamw_{bits}")}
-        complete(*whole.values())
-        paged = whole[f"paged_adamw_{bits}"]
-        resumed = _optimizer_run(place, f"paged_adamw_{bits}", paged)
-        complete(resumed)
-        for run, what in ((paged, "in ordinary memory"), (resumed, "resumed half-way")):
+    pairs = {"32bit": "adamw_32bit", "8bit": "adamw_8bit"}
+    plain = {bits: _optimizer_run(place, name) for bits, name in pairs.items()}
+    paged = {bits: _optimizer_run(place, f"paged_adamw_{bits}") for bits in pairs}
+    complete(*plain.values(), *paged.values())
+    resumed = {bits: _optimizer_run(place, f"paged_adamw_{bits}", paged[bits]) for bits in pairs}
+    complete(*resumed.values())
+    for bits in pairs:
+        for run in (paged[bits], resumed[bits]):
             findings.claim(
-                f"{run.name}: the adapter is the one {what if run is paged else 'uninterrupted'} "
-                f"in every byte",
-                run.adapter_bytes() == whole[plain].adapter_bytes(),
+                f"{run.name}: the adapter is the one of ordinary memory in every byte",
+                run.adapter_bytes() == plain[bits].adapter_bytes(),
             )
             _look_at_state(place, findings, run, bits)
 
