@@ -123,6 +123,8 @@ def hold_numbers(
     findings: Findings, run: Run, one: Run, loss: float, adapter: float, first_step: int = 1
 ) -> None:
     """Losses of the steps that it took, and the finished adapter."""
+    steps = run.notes()["steps"]
+    findings.note(**{run.name: {key: [s[key] for s in steps] for key in ("step", "loss", "norm")}})
     gap = step_distance(run, one, "loss", first_step)
     findings.claim(
         f"{run.name}: losses of steps {first_step} to {STEPS} are the single process's",

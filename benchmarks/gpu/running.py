@@ -110,7 +110,7 @@ class Runner:
         outcome = "timed out" if is_late else outcome
         outcome = "interrupted" if self._is_interrupted else outcome
         times = {"seconds": round(time.perf_counter() - started, 1), "limit_seconds": limit}
-        said = log.read_text(errors="replace").strip()[-3000:]
+        said = log.read_text(errors="replace").strip()[-8000:]
         self.record.add(check.name, {"outcome": outcome, **times, **found, "said": said})
 
 

@@ -148,7 +148,7 @@ class Run:
     def failure(self, codes: list[int]) -> str:
         """Exit codes and the ends of all logs."""
         logs = [path.read_text(errors="replace") for path in sorted(self.logs.glob("log-*.txt"))]
-        return f"run {self.name}: exit codes {codes}\n" + "\n".join(log[-1500:] for log in logs)
+        return f"run {self.name}: exit codes {codes}\n" + "\n".join(log[-2500:] for log in logs)
 
     # -- what it left ----------------------------------------------------------------------------
 
