@@ -43,7 +43,8 @@ from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
 from qlora_pl.training.rehearsal import Rehearsal
 from qlora_pl.training.run_folder import Resolved, RunConfig
-from qlora_pl.training.run_record import RunRecord, flatten, run_logger
+from qlora_pl.training.run_logger import run_logger
+from qlora_pl.training.run_record import RunRecord, flatten
 from qlora_pl.training.run_start import RunStart
 from qlora_pl.training.samples import SampleWriter
 from qlora_pl.training.slurm import asks_for_requeue, requeue

@@ -82,10 +82,10 @@ def prove(
         saved, ended = newest_step(runs, place), runs.run(place, fault, *words, **more)
         outcome.said += ended.said
         outcome.problems += problems_of_ending(fault, ended)
-        outcome.problems += torn_files(place)
+        outcome.problems += torn_files(*runs.all(place))
         _describe(outcome, ended)
         done = max(ended.steps, saved)
-        if ended.code == 0 and _is_complete(runs, place):
+        if _is_complete(runs, place):  # whatever came after that
             outcome.problems += _compared(runs, place)
             return outcome
         if spoil is None:
@@ -137,10 +137,10 @@ def problems_of_ending(fault: Fault, ended: Ended) -> list[str]:
     return problems
 
 
-def torn_files(workplace: Path) -> list[str]:
+def torn_files(*runs: Path) -> list[str]:
     """Whatever lies under its own name in a run's folder is whole, and has what belongs to it."""
     problems = []
-    for run in (workplace / "runs").glob("*/version_*"):
+    for run in runs:
         for path in checkpoints_newest_first(run):
             if (why := damage(path, anew=True)) is not None:
                 problems.append(f"{path.name} is torn: {why}")
@@ -181,7 +181,7 @@ def lost_saves(ended: Ended, saved: int) -> list[str]:
 
 def newest_step(runs: Runs, workplace: Path) -> int:
     """Of the newest checkpoint that verifies; 0 if there is none."""
-    for run in sorted((workplace / "runs").glob("*/version_*"), reverse=True):
+    for run in runs.all(workplace):
         if (newest := newest_verified(run)) is not None:
             return step_of(newest)
     return 0
@@ -200,4 +200,5 @@ def _compared(runs: Runs, workplace: Path) -> list[str]:
         different = runs.left(workplace).differences(runs.expected)
     except (OSError, KeyError, ValueError) as error:
         return [f"the end is not there: {error}"]
-    return [f"{name} differs" for name in different] + torn_files(workplace)
+    newest = runs.all(workplace)[0]  # an older one that was damaged on purpose stays as it is
+    return [f"{name} differs" for name in different] + torn_files(newest)
