@@ -43,7 +43,8 @@ from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
 from qlora_pl.training.rehearsal import Rehearsal
 from qlora_pl.training.run_folder import Resolved, RunConfig
-from qlora_pl.training.run_record import RunRecord, flatten, run_logger
+from qlora_pl.training.run_logger import run_logger
+from qlora_pl.training.run_record import RunRecord, flatten
 from qlora_pl.training.run_start import RunStart
 from qlora_pl.training.samples import SampleWriter
 from qlora_pl.training.slurm import asks_for_requeue, requeue
@@ -211,7 +212,9 @@ class QLoRACLI(LightningCLI):
         chosen = chosen if isinstance(chosen, list) else [chosen]
         essential += default_bars(chosen, config["enable_progress_bar"])
         if config["strategy"] == "auto" and (number := num_gpus(Namespace(config))) > 1:
-            config["strategy"] = fitting_strategy(self.model, self.datamodule, number)
+            config["strategy"] = fitting_strategy(
+                self.model, self.datamodule, number, self._start.ranks.least
+            )
         if isinstance(config["strategy"], str):
             config["strategy"] = strategy_named(config["strategy"])
         return super()._instantiate_trainer(config, [*essential, *callbacks])

@@ -1,6 +1,6 @@
-"""Norm, scaling and clipping of gradients that are whole, sharded, or some of each.
+"""Norm and scaling of gradients that are whole, sharded, or some of each.
 
-torch does all three for lists of DTensors alone, but for no mixed list, and for shards that were
+torch does both for lists of DTensors alone, but for no mixed list, and for shards that were
 offloaded to the CPU only if the devices can also talk about tensors there.
 """
 
@@ -42,16 +42,3 @@ def total_norm(gradients: Sequence[Tensor]) -> float:
 def scale_gradients(gradients: Sequence[Tensor], factor: float) -> None:
     """Multiply every gradient in place, each device its own part."""
     torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
-
-
-def clip_gradients(gradients: Sequence[Tensor], max_norm: float, norm: float) -> None:
-    """Scale the gradients down to ``max_norm`` if they are longer, as torch's clipping does.
-
-    Args:
-        gradients: Whole or sharded.
-        max_norm: What ``norm`` may be.
-        norm: Of all of them together, from ``total_norm``.
-    """
-    # in float32 as in torch.nn.utils.clip_grad_norm_: equal bytes for equal norms
-    factor = max_norm / (torch.tensor(norm) + 1e-6)
-    scale_gradients(gradients, float(factor.clamp(max=1.0)))

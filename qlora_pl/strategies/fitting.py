@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,13 +33,16 @@ def num_gpus(trainer: Any) -> int:
     return on_this_machine * int(trainer.num_nodes)
 
 
-def fitting_strategy(model: Any, data: Any, num_devices: int) -> str:
+def fitting_strategy(
+    model: Any, data: Any, num_devices: int, least: Callable[[str, float], float]
+) -> str:
     """What fits a run's devices, which is also logged with the figures it is chosen by.
 
     Args:
         model: A ``QLoRAModule`` that has loaded nothing yet.
         data: An ``InstructionDataModule``.
         num_devices: See ``num_gpus``.
+        least: Of a number over all processes, whose machines may have other GPUs; see ``Ranks``.
     """
     skeleton = build_skeleton(
         model.model_name_or_path, model.attn_implementation, model.trust_remote_code
@@ -55,6 +59,8 @@ def fitting_strategy(model: Any, data: Any, num_devices: int) -> str:
         torch.cuda.get_device_properties(index).total_memory
         for index in range(torch.cuda.device_count())
     )
-    name, reason = choose_strategy(footprint.whole, footprint.shared(num_devices), memory)
+    name, reason = choose_strategy(
+        footprint.whole, footprint.shared(num_devices), least("gpu_bytes", memory)
+    )
     logger.info("%s", reason)
     return name

@@ -33,7 +33,7 @@ from qlora_pl.modeling.encoder_decoder import auto_class_name, whole_inputs
 from qlora_pl.modeling.loading import bitsandbytes_config
 from qlora_pl.modeling.model_folder import read_tensor_digests, write_model_folder
 from qlora_pl.modeling.parameters import adapter_tensors
-from qlora_pl.training.run_folder import digest_path
+from qlora_pl.training.run_folder import recorded_digest
 
 PROBE_TOKENS = 64
 VERSIONED = ("qlora-pl", "torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets")
@@ -245,7 +245,7 @@ def refuse_altered_checkpoint(checkpoint: Path) -> None:
     Raises:
         TrainingStoppedError: if it is not.
     """
-    if sha256_file(checkpoint) != digest_path(checkpoint).read_text().split()[0]:
+    if sha256_file(checkpoint) != recorded_digest(checkpoint):
         raise TrainingStoppedError(f"'{checkpoint}' differs from what was written; check the disk.")
 
 

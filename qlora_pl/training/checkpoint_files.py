@@ -105,8 +105,13 @@ class Retention:
         return sorted(scores, key=lambda step: (sign * scores[step], step))[: self.keep_best]
 
     def keep(self, saved: Sequence[int], scores: Mapping[int, float]) -> list[int]:
-        """The steps of ``saved``, oldest first, that stay."""
-        some = {*saved[-self.keep_last :], *self.best(scores)}
+        """The steps of ``saved``, oldest first, that stay.
+
+        One that was saved for another reason than its number, such as a signal, is not counted
+        among the last when a newer one is there: a stop leaves no trace in a run that goes on.
+        """
+        numbered = [step for step in saved if self.saves(step) or step == saved[-1]]
+        some = {*numbered[-self.keep_last :], *self.best(scores)}
         every = self.keep_every_n_steps
         return [step for step in saved if step in some or (every and step % every == 0)]
 

@@ -101,6 +101,18 @@ class Ranks:
             raise
         return value
 
+    def least(self, name: str, value: float) -> float:
+        """The least of what all processes say under a name, once they have begun."""
+        if self._is_alone:
+            return value
+        assert self._session is not None
+        self._session.set(f"{name}/{self._launch.rank}", repr(value))
+        said = []
+        for rank in range(self._launch.num_processes):
+            self._wait(f"{name}/{rank}", self.patience_seconds)
+            said.append(float(self._session.get(f"{name}/{rank}")))
+        return min(said)
+
     def leave(self, error: QLoRAError) -> QLoRAError | SystemExit:
         """Tell the others that this process has failed; what it should end with.
 

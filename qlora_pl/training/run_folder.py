@@ -132,9 +132,14 @@ def damage(checkpoint: Path, anew: bool = False) -> str | None:
         return "it is missing"
     if not record.is_file():
         return f"{record.name} is missing"
-    if record.read_text().split()[:1] != [_digest(checkpoint, anew)]:
+    if recorded_digest(checkpoint) != _digest(checkpoint, anew):
         return f"its SHA-256 is not what {record.name} says"
     return None
+
+
+def recorded_digest(checkpoint: Path) -> str:
+    """The SHA-256 that was written beside a checkpoint; whatever stands there if it is damaged."""
+    return digest_path(checkpoint).read_text(errors="replace").partition(" ")[0]
 
 
 def _digest(checkpoint: Path, anew: bool) -> str:

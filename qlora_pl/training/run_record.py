@@ -24,7 +24,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from qlora_pl.files import write_atomic, write_json
 from qlora_pl.redaction import redact
 from qlora_pl.training.monitoring import RunMetrics
-from qlora_pl.training.run_folder import Resolved, step_of
 
 PACKAGES = (
     "qlora-pl",
@@ -77,27 +76,6 @@ class RunRecord(SaveConfigCallback):
         for log in trainer.loggers:
             if isinstance(log, TensorBoardLogger):
                 log.log_hyperparams(parameters, shown, step=trainer.global_step)
-
-
-class RunLogger(TensorBoardLogger):
-    """TensorBoard without ``hparams.yaml``, which would be empty: ``run.yaml`` holds it all."""
-
-    def save(self) -> None:
-        """Write out the events."""
-        self.experiment.flush()
-
-
-def run_logger(resolved: Resolved) -> RunLogger:
-    """The logger of a fit, which writes into the very folder of the run."""
-    resumed = resolved.checkpoint if resolved.is_resumed else None
-    return RunLogger(
-        resolved.folder,
-        name="",
-        version="",
-        default_hp_metric=False,
-        # What an interrupted run logged from its checkpoint on is logged again.
-        purge_step=None if resumed is None else step_of(resumed),
-    )
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

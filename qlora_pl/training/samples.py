@@ -20,6 +20,7 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import append_synced, write_atomic
 from qlora_pl.modeling.decoding import DecodingConfig, generate_answers
 from qlora_pl.modeling.sharding import is_shared
+from qlora_pl.training.run_logger import RunLogger
 from qlora_pl.training.stopping import is_told_to_stop
 
 
@@ -120,9 +121,10 @@ class SampleWriter(Callback):
     def _show(self, trainer: Trainer, pairs: list[tuple[str, str]]) -> None:
         for log in trainer.loggers:
             if isinstance(log, TensorBoardLogger):
+                write = log.log_text if isinstance(log, RunLogger) else log.experiment.add_text
                 for place, (question, answer) in enumerate(pairs, start=1):
                     text = f"**{question}**\n\n{answer}"
-                    log.experiment.add_text(f"samples/{place}", text, trainer.global_step)
+                    write(f"samples/{place}", text, trainer.global_step)
 
     @staticmethod
     def _path(trainer: Trainer) -> Path:

@@ -136,7 +136,7 @@ class Injector:
         assert self.fault is not None
         action = self.fault.action
         if action == "power":
-            for path, size in self.durable.items():
+            for path, size in list(self.durable.items()):  # other threads go on
                 if os.path.isfile(path):
                     self._truncate(path, size)
         if action in ("kill", "power", "die"):

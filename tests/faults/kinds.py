@@ -149,6 +149,12 @@ def _clock_and_limit(runs: Runs, passed: Passed, draw: random.Random) -> Outcome
     return prove(runs, fault, words=("--trainer.max_time", "00:01:00:00"))
 
 
+def _out_of_memory(runs: Runs, passed: Passed, draw: random.Random) -> Outcome:
+    """What is split draws other dropout masks; a run that stops must come back to the same ones."""
+    fault = passed.moment(draw, "memory", ["forward", "backward"])
+    return prove(runs, fault, words=("--model.on_oom", "stop"))
+
+
 def _dead_worker(runs: Runs, passed: Passed, draw: random.Random) -> Outcome:
     fault = Fault(action="die", moment="worker", occurrence=draw.randint(1, 8))
     return prove(runs, fault, words=("--data.num_workers", "1"))
@@ -169,8 +175,8 @@ KINDS = (
     Kind("clocks jump by hours", 6, _clock),
     Kind("clocks jump beyond trainer.max_time", 3, _clock_and_limit),
     Kind("loader's process dies", 4, _dead_worker),
+    Kind("out of memory in a step, with on_oom: stop", 6, _out_of_memory),
 )
-"""Out-of-memory errors at a step belong here: ``Fault(action="memory", moment="forward")``."""
 
 
 def draw_all(seed: int, count: int) -> list[tuple[Kind, int]]:

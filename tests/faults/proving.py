@@ -7,6 +7,7 @@ never reached is a problem too, the harness's own.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,22 +79,20 @@ def prove(
     place = workplace or runs.new_workplace()
     outcome = Outcome(faults[0] if faults else None)
     for fault in faults:
-        saved, ended = _newest_step(runs, place), runs.run(place, fault, *words, **more)
+        saved, ended = newest_step(runs, place), runs.run(place, fault, *words, **more)
         outcome.said += ended.said
         outcome.problems += problems_of_ending(fault, ended)
-        outcome.problems += torn_files(place)
+        outcome.problems += torn_files(*runs.all(place))
         _describe(outcome, ended)
         done = max(ended.steps, saved)
-        if ended.code == 0 and _is_complete(runs, place):
+        if _is_complete(runs, place):  # whatever came after that
             outcome.problems += _compared(runs, place)
             return outcome
-        # A save goes on in the background: what is trained meanwhile comes on top of the interval.
-        due = done - done % INTERVAL
-        if spoil is None and due - _newest_step(runs, place) > INTERVAL:
-            outcome.problems.append(f"step {done} was done, {_newest_step(runs, place)} is saved")
+        if spoil is None:
+            outcome.problems += lost_saves(ended, newest_step(runs, place))
     if spoil is not None:
         outcome.damage = spoil(place)
-    whole = _newest_step(runs, place)
+    whole = newest_step(runs, place)
     resumed = runs.run(place, None, *words, **more)
     outcome.said += "\n--- resumed ---\n" + resumed.said
     if any(resumed.codes):
@@ -138,10 +137,10 @@ def problems_of_ending(fault: Fault, ended: Ended) -> list[str]:
     return problems
 
 
-def torn_files(workplace: Path) -> list[str]:
+def torn_files(*runs: Path) -> list[str]:
     """Whatever lies under its own name in a run's folder is whole, and has what belongs to it."""
     problems = []
-    for run in (workplace / "runs").glob("*/version_*"):
+    for run in runs:
         for path in checkpoints_newest_first(run):
             if (why := damage(path, anew=True)) is not None:
                 problems.append(f"{path.name} is torn: {why}")
@@ -163,8 +162,26 @@ def torn_files(workplace: Path) -> list[str]:
     return problems
 
 
-def _newest_step(runs: Runs, workplace: Path) -> int:
-    for run in sorted((workplace / "runs").glob("*/version_*"), reverse=True):
+def lost_saves(ended: Ended, saved: int) -> list[str]:
+    """A save goes on in the background: the one that was being written may be lost, and no other.
+
+    Args:
+        ended: How the run ended.
+        saved: The step of the newest checkpoint that verifies.
+    """
+    labels = " ".join(event.get("operation", "") for event in ended.events)
+    begun = max((int(step) for step in re.findall(r"step-(\d{8})", labels)), default=0)
+    problems = []
+    if begun - saved > INTERVAL:
+        problems.append(f"a save of step {begun} was begun, {saved} is saved")
+    if ended.steps - max(begun, saved) > INTERVAL:
+        problems.append(f"step {ended.steps} was done, and no save after {max(begun, saved)} begun")
+    return problems
+
+
+def newest_step(runs: Runs, workplace: Path) -> int:
+    """Of the newest checkpoint that verifies; 0 if there is none."""
+    for run in runs.all(workplace):
         if (newest := newest_verified(run)) is not None:
             return step_of(newest)
     return 0
@@ -183,4 +200,5 @@ def _compared(runs: Runs, workplace: Path) -> list[str]:
         different = runs.left(workplace).differences(runs.expected)
     except (OSError, KeyError, ValueError) as error:
         return [f"the end is not there: {error}"]
-    return [f"{name} differs" for name in different] + torn_files(workplace)
+    newest = runs.all(workplace)[0]  # an older one that was damaged on purpose stays as it is
+    return [f"{name} differs" for name in different] + torn_files(newest)

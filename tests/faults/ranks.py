@@ -9,7 +9,7 @@ import socket
 
 from faults.fault import Fault
 from faults.fork_server import Ended
-from faults.proving import Outcome, torn_files
+from faults.proving import Outcome, lost_saves, newest_step, torn_files
 from faults.runs import Runs
 
 WORDS = (
@@ -69,8 +69,9 @@ def prove_ranks(runs: Runs, name: str) -> Outcome:
     outcome = Outcome(fault)
     broken = runs.run(workplace, fault, *WORDS, environments=places())
     outcome.said = broken.said
-    outcome.problems = _problems(fault, broken) + torn_files(workplace)
+    outcome.problems = _problems(fault, broken) + torn_files(*runs.all(workplace))
     outcome.ending = "died" if fault.action in ("kill", "stall") else "said so and stopped"
+    outcome.problems += lost_saves(broken, newest_step(runs, workplace))
     resumed = runs.run(workplace, None, *WORDS, environments=places())
     outcome.said += "\n--- resumed ---\n" + resumed.said
     if any(resumed.codes):
@@ -78,7 +79,7 @@ def prove_ranks(runs: Runs, name: str) -> Outcome:
         return outcome
     outcome.lost_steps = broken.steps - (resumed.begins_at or 0)
     different = runs.left(workplace).differences(expected)
-    outcome.problems += [f"{part} differs" for part in different] + torn_files(workplace)
+    outcome.problems += [f"{part} differs" for part in different] + torn_files(*runs.all(workplace))
     return outcome
 
 

@@ -153,10 +153,14 @@ class Runs:
         """Run the command in a workplace."""
         return self.server.run([*WORDS, *words], workplace, fault, **more)
 
+    def all(self, workplace: Path) -> list[Path]:
+        """The folders of all runs, the newest first."""
+        runs = (workplace / "runs" / NAME).glob("version_*")
+        return sorted(runs, key=lambda path: -int(path.name.removeprefix("version_")))
+
     def newest(self, workplace: Path) -> Path | None:
         """The folder of the newest run."""
-        runs = (workplace / "runs" / NAME).glob("version_*")
-        return max(runs, key=lambda path: int(path.name.removeprefix("version_")), default=None)
+        return next(iter(self.all(workplace)), None)
 
     def left(self, workplace: Path) -> Left:
         """What the newest run has left behind."""

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from faults.__main__ import seed_and_count
+from faults.jobs import seed_and_count
 from faults.kinds import KINDS, Kind, Passed, draw_all
 from faults.runs import Runs
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from qlora_pl.modeling.gradients import clip_gradients, total_norm
+from qlora_pl.modeling.gradients import scale_gradients, total_norm
 from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
 from qlora_pl.modeling.optimizers import OptimizerConfig, build_optimizer
 from qlora_pl.modeling.sharded_optimizer import ShardedOptimizer, local_shard
@@ -232,7 +232,7 @@ def fit(name: str, shard: Shard | None = None, num_steps: int = 3) -> dict[str, 
         replicated.grad = torch.full((3,), 5.0)
         gradients = [p.grad for p in (*trained.values(), replicated)]
         norms.append(total_norm(gradients))
-        clip_gradients(gradients, 0.3, norms[-1])
+        scale_gradients(gradients, min(1.0, 0.3 / norms[-1]))
         norms.append(total_norm(gradients))
         optimizer.step()
         optimizer.zero_grad()

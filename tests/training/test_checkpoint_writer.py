@@ -278,6 +278,15 @@ def test_the_newest_the_best_and_every_nth_are_kept() -> None:
     assert retention.keep(saved, {4: 1.0, 8: 1.5}) == [4, 5, 10, 12, 14]
 
 
+def test_a_save_on_a_signal_leaves_no_trace_when_newer_ones_are_there() -> None:
+    retention = Retention(
+        every_n_steps=4, keep_last=2, keep_best=1, keep_every_n_steps=None, mode="min"
+    )
+    assert retention.keep([4, 8, 9], {}) == [8, 9]
+    assert retention.keep([8, 9, 12], {}) == [8, 12] == retention.keep([4, 8, 12], {})
+    assert retention.keep([8, 9, 12], {9: 0.5}) == [8, 9, 12]
+
+
 def test_what_a_kill_left_of_a_deletion_goes_with_the_next(tmp_path: Path) -> None:
     for name in ("checkpoints", "adapters"):
         (tmp_path / name).mkdir()

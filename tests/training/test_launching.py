@@ -294,6 +294,18 @@ def test_every_rank_has_what_rank_0_decided(meeting: Callable[..., list[Any]]) -
     assert meeting(agreeing({"a": 0}), agreeing({"a": 1}), agreeing({"a": 2})) == [{"a": 0}] * 3
 
 
+def test_every_rank_has_the_least_of_what_all_say(meeting: Callable[..., list[Any]]) -> None:
+    def saying(number: float) -> Callable[[Ranks], Any]:
+        def act(ranks: Ranks) -> float:
+            ranks.agree({}, dict, lambda _: None)
+            return ranks.least("bytes", number)
+
+        return act
+
+    assert meeting(saying(85e9), saying(25.4e9), saying(51e9)) == [25.4e9] * 3
+    assert Ranks(Launch()).least("bytes", 85e9) == 85e9
+
+
 def test_an_error_of_rank_0_ends_the_others_without_a_word(
     meeting: Callable[..., list[Any]],
 ) -> None:

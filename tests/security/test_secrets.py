@@ -168,7 +168,7 @@ CONFIGURED: dict[str, dict[str, Any]] = {
     "trainer.logger.init_args.api_key": {
         "trainer": {
             "logger": {
-                "class_path": "test_secrets.KeyedLogger",
+                "class_path": "security.test_secrets.KeyedLogger",
                 "init_args": {"api_key": IN_WORDS},
             }
         }
@@ -177,7 +177,10 @@ CONFIGURED: dict[str, dict[str, Any]] = {
         "trainer": {
             "logger": [
                 {"class_path": "CSVLogger", "init_args": {"save_dir": "."}},
-                {"class_path": "test_secrets.KeyedLogger", "init_args": {"api_key": IN_WORDS}},
+                {
+                    "class_path": "security.test_secrets.KeyedLogger",
+                    "init_args": {"api_key": IN_WORDS},
+                },
             ]
         }
     },
@@ -216,7 +219,7 @@ def test_a_secret_in_a_configuration_is_refused_by_its_key_and_never_repeated(
 FLAGS = {
     "a logger's key": [
         "--trainer.logger",
-        "test_secrets.KeyedLogger",
+        "security.test_secrets.KeyedLogger",
         "--trainer.logger.init_args.api_key",
         IN_WORDS,
     ],

@@ -1,0 +1,1 @@
+"""What somebody who sends files can do: nothing."""
