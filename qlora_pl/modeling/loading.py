@@ -16,6 +16,7 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.modeling.encoder_decoder import auto_class, keep_float32_products
+from qlora_pl.modeling.host_memory import large_blocks_apart
 from qlora_pl.modeling.identity import BaseIdentity, weight_files
 from qlora_pl.modeling.packed_cache import (
     packed_folder,
@@ -62,6 +63,7 @@ class LoadedBase:
         return self.source == "read from the cache"
 
 
+@large_blocks_apart()
 def load_base(
     identity: BaseIdentity,
     config: QuantizationConfig,

@@ -20,6 +20,7 @@ from qlora_pl.modeling.base_checksum import BaseWatch
 from qlora_pl.modeling.copy_making import make_copy
 from qlora_pl.modeling.host_memory import large_blocks_apart, release_freed_memory
 from qlora_pl.modeling.identity import BaseIdentity
+from qlora_pl.modeling.late_start import LateStarts
 from qlora_pl.modeling.loading import (
     LoadedBase,
     bitsandbytes_config,
@@ -143,10 +144,11 @@ def load_sharded(
         )
     keep_gradients_on_cpu(base)
     base.requires_grad_(False)
-    model = attach_adapters(base, lora, seed)
+    starts = LateStarts()
+    model = attach_adapters(base, lora, seed, starts=starts)
     source: Any = "quantised now" if is_made else "read from the cache"
     loaded = LoadedBase(base, plan, compute_dtype, dtype, source)
-    _fill_and_cut(loaded, model, read_packed(copy), config, sharing, watch)
+    _fill_and_cut(loaded, model, read_packed(copy), starts, config, sharing, watch)
     release_freed_memory(of_cycles=True)
     sharing.barrier()
     if is_made and not config.cache:
@@ -158,6 +160,7 @@ def _fill_and_cut(
     base: LoadedBase,
     model: nn.Module,
     tensors: NamedTensors,
+    starts: LateStarts,
     config: QuantizationConfig,
     sharing: Sharing,
     watch: BaseWatch,
@@ -166,10 +169,12 @@ def _fill_and_cut(
     device = sharing.device
     for unit in unit_names(model):
         fill(model, tensors, device, name_in_base, unit)
+        starts.draw(model.get_submodule(unit))
         account_for(base.model, base.plan, config, within=name_in_base(unit))
         watch.remember(model.get_submodule(unit), device, within=name_in_base(unit))
         shard(model.get_submodule(unit), sharing.mesh, sharing.offload)
     fill(model, tensors, device, name_in_base)
+    starts.draw(model)
     refuse_empty(model)
     watch.remember_rest(model, device)
     shard(base.model, sharing.mesh, sharing.offload)
