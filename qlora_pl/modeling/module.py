@@ -198,7 +198,6 @@ class QLoRAModule(LightningModule):
             self._prepare_for(self.trainer)  # which may be another
             return
         self.base, self.model, self.vocabulary_size = load_adapted(self)
-        self.base_watch.remember(self.model, self.trainer.strategy.root_device)
         prepare_for_training(self.model, self.gradient_checkpointing)
         self._prepare_for(self.trainer)
         if self.trainer.is_global_zero:
