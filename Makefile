@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-oldest test-gpu faults lint docs docs-check clean
+.PHONY: help quickstart test test-all test-oldest test-gpu gpu-checks faults lint docs docs-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,9 @@ test-all: $(VENV)/dev.done  ## the slow ones too
 
 test-gpu: $(VENV)/dev.done  ## those that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+gpu-checks: $(VENV)/dev.done  ## everything that only a GPU can show, on one of them, within 9 minutes
+	$(BIN)/python benchmarks/gpu_checks.py
 
 test-oldest:  ## the tests with the oldest supported transformers, in an environment of its own
 	$(MAKE) test VENV=.venv-oldest OLDEST=1

@@ -68,7 +68,9 @@ def rank(words: list[str]) -> int:
     return qlora_pl()
 
 
-def write_config(folder: Path, strategy: str, num_ranks: int, lora_rank: int) -> Path:
+def write_config(
+    folder: Path, strategy: str, num_ranks: int, lora_rank: int, accelerator: str
+) -> Path:
     """A run that would go on for a thousand steps."""
     config = {
         "run": {"name": "saved", "root": str(folder / "runs")},
@@ -86,7 +88,7 @@ def write_config(folder: Path, strategy: str, num_ranks: int, lora_rank: int) ->
         "samples": {"prompts": []},
         "checkpoint": {"every_n_steps": SAVES_EVERY},
         "trainer": {
-            "accelerator": "cpu",
+            "accelerator": accelerator,
             "devices": num_ranks,
             "strategy": "auto" if strategy == "one" else strategy,
             "max_steps": 1000,
@@ -133,9 +135,11 @@ def leave(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
     return {"to_written": written[0] - sent, "to_exit": gone, "exit_codes": codes}
 
 
-def measure(folder: Path, strategy: str, num_ranks: int, lora_rank: int) -> dict[str, Any]:
+def measure(
+    folder: Path, strategy: str, num_ranks: int, lora_rank: int, accelerator: str = "cpu"
+) -> dict[str, Any]:
     """One layout: saves, a signal, going on, and another signal."""
-    write_config(folder, strategy, num_ranks, lora_rank)
+    write_config(folder, strategy, num_ranks, lora_rank, accelerator)
     ranks = start(folder, num_ranks)
     try:
         events = until(ranks, "step", STOPPED_AFTER)

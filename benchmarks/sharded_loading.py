@@ -37,7 +37,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     from qlora_pl.modeling.plan import build_skeleton
     from qlora_pl.modeling.prequantized import make_plan
     from qlora_pl.modeling.quantization import QuantizationConfig
-    from qlora_pl.modeling.sharded_loading import load_sharded
+    from qlora_pl.modeling.sharded_loading import Sharing, load_sharded
 
     config = QuantizationConfig(compute_dtype="bfloat16")
     identity = identify_base(str(folder), None, None)
@@ -46,13 +46,15 @@ def load(folder: Path) -> tuple[Any, Any]:
         config,
         make_plan(folder, build_skeleton(folder), config),
         LoRAConfig(r=RANK_OF_ADAPTERS),
+        sharing=Sharing(
+            mesh=init_device_mesh("cpu", (dist.get_world_size(),)),
+            device=torch.device("cpu"),
+            offload=False,
+            makes_copy=dist.get_rank() == 0,
+            barrier=dist.barrier,
+        ),
         watch=BaseWatch(),
-        mesh=init_device_mesh("cpu", (dist.get_world_size(),)),
-        device=torch.device("cpu"),
-        offload=False,
         seed=0,
-        makes_copy=dist.get_rank() == 0,
-        barrier=dist.barrier,
     )
 
 

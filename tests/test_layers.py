@@ -101,6 +101,7 @@ MAY_USE: dict[str, set[str]] = {
     "modeling.adapter_start": {"torch", "peft", "safetensors", "huggingface_hub"},
     "modeling.dora": {"torch", "peft"},
     "modeling.eva": {"torch", "peft"},
+    "modeling.late_start": {"torch", "peft"},
     "modeling.parameters": {"torch", "peft"},
     "modeling.replacement": {"torch", "transformers", "bitsandbytes"},
     "modeling.mixed_precision": {"torch", "lightning"},

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch.nn import functional
 from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.modeling.dora import keep_magnitude_in
 from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
+from qlora_pl.modeling.late_start import LateStarts
 from qlora_pl.modeling.structure import full_match, head_name, linear_names, matches
 from qlora_pl.modeling.trained_biases import keep_trained_biases_in
 
@@ -249,15 +250,17 @@ def attach_adapters(
     config: LoRAConfig,
     seed: int,
     new_rows: Mapping[str, list[int]] | None = None,
+    starts: LateStarts | None = None,
 ) -> nn.Module:
     """Wrap a base into a PEFT model with fresh adapters; everything else is frozen.
 
     Args:
-        model: The loaded base, or an empty one, whose adapters are on the CPU.
+        model: The loaded base, or an empty one with ``starts``.
         config: What to attach.
         seed: Of A's random start. The global generators are left as they were, so that a run does
             not depend on what happened while loading.
         new_rows: Rows of the embedding and the head that are trained too, by module.
+        starts: Draws the adapters of an empty base later, which until then are as empty.
     """
     import peft  # slow to import
 
@@ -278,7 +281,8 @@ def attach_adapters(
         task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM",
     )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), warnings.catch_warnings(), _keeping_starts(model):
+    noting = starts.noting() if starts is not None else nullcontext()
+    with torch.random.fork_rng(devices), warnings.catch_warnings(), noting:
         # PEFT asks transformers 5.2x for a property under its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         torch.manual_seed(seed)
@@ -300,35 +304,6 @@ def attach_adapters(
             parameter.data = parameter.data.to(dtype)
     keep_trained_biases_in(adapted, dtype)
     return adapted
-
-
-@contextmanager
-def _keeping_starts(model: nn.Module) -> Iterator[None]:
-    """Over an empty base PEFT draws the start of adapters, then moves it to where it is lost."""
-    from peft.tuners.lora import LoraLayer
-
-    starts: dict[Any, dict[str, Tensor]] = {}
-    draw = LoraLayer.reset_lora_parameters
-
-    def draw_and_keep(layer: Any, *arguments: Any, **settings: Any) -> None:
-        draw(layer, *arguments, **settings)
-        adapters = layer.named_parameters()
-        starts[layer] = {name: p.detach().clone() for name, p in adapters if "lora_" in name}
-
-    if all(parameter.device.type != "meta" for parameter in model.parameters()):
-        yield
-        return
-    LoraLayer.reset_lora_parameters = draw_and_keep
-    try:
-        yield
-    finally:
-        LoraLayer.reset_lora_parameters = draw
-    for layer, drawn in starts.items():
-        for name, start in drawn.items():
-            owner, _, leaf = name.rpartition(".")
-            lost = layer.get_parameter(name)  # of the type that PEFT gives it beside this base
-            kept = nn.Parameter(start.to(lost.dtype), requires_grad=lost.requires_grad)
-            layer.get_submodule(owner)._parameters[leaf] = kept
 
 
 def _refuse_moved(model: nn.Module, peft_config: Any, targets: list[str]) -> None:

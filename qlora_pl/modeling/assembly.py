@@ -11,7 +11,7 @@ from torch import nn
 from qlora_pl.modeling.adapters import attach_adapters
 from qlora_pl.modeling.full_training import train_all_weights
 from qlora_pl.modeling.loading import LoadedBase, load_base
-from qlora_pl.modeling.sharded_loading import load_sharded
+from qlora_pl.modeling.sharded_loading import Sharing, load_sharded
 from qlora_pl.modeling.verification import refuse_broken_forward
 from qlora_pl.modeling.vocabulary import grow_vocabulary, rows_of
 
@@ -22,7 +22,7 @@ def shards_parameters(trainer: Any) -> bool:
 
 
 def load_adapted(module: Any) -> tuple[LoadedBase, nn.Module, int | None]:
-    """Load the base of a ``QLoRAModule`` and attach what is trained.
+    """Load the base of a ``QLoRAModule``, attach what is trained, and watch the rest.
 
     Returns:
         The base, the model around it, and the number of its embedding rows where it was given more.
@@ -45,6 +45,7 @@ def load_adapted(module: Any) -> tuple[LoadedBase, nn.Module, int | None]:
         model = attach_adapters(base.model, module.lora, _seed(), new_rows)
     else:
         model = train_all_weights(base.model, base.compute_dtype)
+    module.base_watch.remember(model, module.trainer.strategy.root_device)
     return base, model, vocabulary_size
 
 
@@ -77,13 +78,15 @@ def _load_sharded(module: Any) -> tuple[LoadedBase, nn.Module]:
         module.quantization,
         module.plan,
         module.lora,
+        sharing=Sharing(
+            mesh=strategy.mesh,
+            device=strategy.root_device,
+            offload=strategy.cpu_offload,
+            makes_copy=strategy.local_rank == 0,
+            barrier=strategy.barrier,
+        ),
         watch=module.base_watch,
-        mesh=strategy.mesh,
-        device=strategy.root_device,
-        offload=strategy.cpu_offload,
         seed=_seed(),
-        makes_copy=strategy.local_rank == 0,
-        barrier=strategy.barrier,
         cache_dir=module.cache_dir,
         attn_implementation=module.attn_implementation,
         trust_remote_code=module.trust_remote_code,

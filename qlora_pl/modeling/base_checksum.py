@@ -8,7 +8,7 @@ sum over its 8-byte words, each times a number of its place, so parts of it add 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
@@ -48,6 +48,10 @@ class BaseWatch:
         prefix = f"{within}." if within else ""
         of_part = frozen_checksums(model, device).items()
         self.checksums |= {f"{prefix}{name}": checksum for name, checksum in of_part}
+
+    def remember_rest(self, model: nn.Module, device: torch.device) -> None:
+        """Take what is not remembered yet for what it should be; see ``remember``."""
+        self.checksums |= frozen_checksums(model, device, known=self.checksums)
 
     def check(self, model: nn.Module, device: torch.device, when: str) -> None:
         """Hold the base against what is remembered.
@@ -99,17 +103,20 @@ def combined(checksums: Checksums) -> int:
     return total
 
 
-def frozen_checksums(model: nn.Module, device: torch.device) -> Checksums:
+def frozen_checksums(
+    model: nn.Module, device: torch.device, known: Collection[str] = ()
+) -> Checksums:
     """The checksum of every frozen tensor of a base, the same for each process and strategy.
 
     Args:
         model: The base, or the adapted model around it; cut over devices or not.
         device: This process's, for what is exchanged.
+        known: Names of tensors to leave out.
 
     Raises:
         TrainingStoppedError: if processes hold different bases, naming a tensor.
     """
-    named = list(frozen_tensors(model))
+    named = [(name, tensor) for name, tensor in frozen_tensors(model) if name not in known]
     parts = [checksum(tensor) for _, tensor in named]
     if not parts:
         return {}

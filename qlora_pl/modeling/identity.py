@@ -28,6 +28,7 @@ FETCHED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
 """What of a Hub model is downloaded; pickled weights only where there are no others."""
 HASH_THREADS = 4
 """hashlib releases the interpreter lock; four threads keep one fast disk busy."""
+HASH_PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -271,13 +272,15 @@ def _hash_tensors(path: Path) -> Iterator[tuple[str, str]]:
         entry = header[name]
         begin, end = entry["data_offsets"]
         content = hashlib.sha256(f"{entry['dtype']}{entry['shape']}".encode())
-        with path.open("rb") as file:
+        # One small piece for all: what is freed by a thread's large reads stays with the process.
+        piece = memoryview(bytearray(HASH_PIECE_BYTES))
+        with path.open("rb", buffering=0) as file:
             file.seek(offset + begin)
             remaining = end - begin
             while remaining:
-                chunk = file.read(min(remaining, 1 << 24))
-                content.update(chunk)
-                remaining -= len(chunk)
+                length = file.readinto(piece[:remaining])
+                content.update(piece[:length])
+                remaining -= length
         return content.hexdigest()
 
     is_large = path.stat().st_size > 1 << 30

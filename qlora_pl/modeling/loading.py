@@ -16,16 +16,21 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.modeling.encoder_decoder import auto_class, keep_float32_products
+from qlora_pl.modeling.host_memory import large_blocks_apart
 from qlora_pl.modeling.identity import BaseIdentity, weight_files
 from qlora_pl.modeling.packed_cache import (
-    RECORD,
     packed_folder,
     read_packed,
     verify_packed,
     write_packed,
 )
 from qlora_pl.modeling.packed_model import empty_model, fill, refuse_empty
-from qlora_pl.modeling.plan import AttentionKernel, QuantizationPlan, fragile_modules, kernel_name
+from qlora_pl.modeling.plan import (
+    AttentionKernel,
+    QuantizationPlan,
+    fragile_modules,
+    kernel_name,
+)
 from qlora_pl.modeling.prequantized import is_prequantized
 from qlora_pl.modeling.quantization import (
     INT8_OUTLIER_THRESHOLD,
@@ -58,6 +63,7 @@ class LoadedBase:
         return self.source == "read from the cache"
 
 
+@large_blocks_apart()
 def load_base(
     identity: BaseIdentity,
     config: QuantizationConfig,
@@ -101,17 +107,17 @@ def load_base(
     is_packed = is_prequantized(identity.folder)
     keep_copy = config.is_quantized and config.cache and not is_packed
     if not config.is_quantized:
-        model, source = _from_pretrained(identity.folder, arguments), "unquantised"
+        model, source = from_pretrained(identity.folder, arguments), "unquantised"
     else:
         with planned_replacement(plan, config, compute_dtype):
             if is_packed:
-                model, source = _from_pretrained(identity.folder, arguments), "quantised already"
-                _cast_unquantized(model, plan, rest_dtype)  # transformers keeps the checkpoint's
+                model, source = from_pretrained(identity.folder, arguments), "quantised already"
+                cast_unquantized(model, plan, rest_dtype)  # transformers keeps the checkpoint's
             elif keep_copy and verify_packed(packed):
                 model, source = _from_copy(packed, identity, config, plan, device, arguments)
             else:
                 arguments["quantization_config"] = bitsandbytes_config(config, compute_dtype, plan)
-                model, source = _from_pretrained(identity.folder, arguments), "quantised now"
+                model, source = from_pretrained(identity.folder, arguments), "quantised now"
     account_for(model, plan, config)
     if keep_copy and source == "quantised now" and is_first_rank:
         write_packed(model, packed)
@@ -121,46 +127,6 @@ def load_base(
     model.requires_grad_(False)
     refuse_broken_forward(model, compute_dtype, plan)
     return LoadedBase(model, plan, compute_dtype, rest_dtype, source)  # type: ignore[arg-type]
-
-
-def make_copy(
-    identity: BaseIdentity,
-    config: QuantizationConfig,
-    plan: QuantizationPlan,
-    folder: Path,
-    device: torch.device,
-    attn_implementation: AttentionKernel = "auto",
-    trust_remote_code: bool = False,
-) -> None:
-    """Write the packed copy of a base that no device may be able to hold.
-
-    Matrices are quantised one by one on the device, whose rounding the copy is to have, and
-    collected in host memory.
-
-    Raises:
-        ConfigurationError: if a matrix is missing, or was not quantised as planned.
-        HardwareError: if the copy cannot be written.
-    """
-    compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
-    arguments: dict[str, Any] = {
-        "device_map": {"": "cpu"},
-        "dtype": unquantized_dtype(config, compute_dtype),
-        "attn_implementation": kernel_name(attn_implementation),
-        "trust_remote_code": trust_remote_code,
-    }
-    if config.is_quantized and not is_prequantized(identity.folder):
-        arguments["quantization_config"] = bitsandbytes_config(config, compute_dtype, plan)
-    with planned_replacement(plan, config, compute_dtype, quantize_on=device):
-        model = _from_pretrained(identity.folder, arguments)
-    if is_prequantized(identity.folder):
-        _cast_unquantized(model, plan, arguments["dtype"])
-    account_for(model, plan, config)
-    write_packed(model, folder)
-    if not (folder / RECORD).is_file():
-        raise HardwareError(
-            f"A sharded base is read from its packed copy, which could not be kept in "
-            f"'{folder.parent}'; make room there, or set model.cache_dir."
-        )
 
 
 def _from_copy(
@@ -193,7 +159,13 @@ def unquantized_dtype(config: QuantizationConfig, compute_dtype: torch.dtype) ->
     return torch.float32 if is_half and config.is_quantized else compute_dtype
 
 
-def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
+def from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
+    """What transformers loads from a folder with these arguments, complete or refused.
+
+    Raises:
+        ConfigurationError: if a weight is missing or damaged.
+        HardwareError: if the base does not fit.
+    """
     from transformers import AutoConfig  # slow to import
 
     try:
@@ -240,7 +212,8 @@ def _from_pretrained(folder: Path, arguments: dict[str, Any]) -> nn.Module:
     return loaded
 
 
-def _cast_unquantized(model: Any, plan: QuantizationPlan, dtype: torch.dtype) -> None:
+def cast_unquantized(model: Any, plan: QuantizationPlan, dtype: torch.dtype) -> None:
+    """Give what a prequantised checkpoint has in floating point the type it is to have here."""
     fragile = [*fragile_modules(model), *(model._keep_in_fp32_modules_strict or ())]
     for name, parameter in model.named_parameters():
         is_fragile = any(f".{part}." in f".{name}." for part in fragile)

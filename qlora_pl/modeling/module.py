@@ -63,7 +63,7 @@ from qlora_pl.modeling.state_precision import refuse_shard_count
 from qlora_pl.modeling.step import (
     MicroBatch,
     StepStatistics,
-    averaged_ranks,
+    refuse_other_sums,
     refuse_silent_adapters,
     stop_if_diverged,
     sum_over_step,
@@ -166,7 +166,7 @@ class QLoRAModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check everything that the base's configuration can show, before weights are loaded."""
-        averaged_ranks(self.trainer)  # whether this strategy can be used at all
+        refuse_other_sums(self.trainer)
         if self.model is not None:
             return
         self.identity = identify_base(self.model_name_or_path, self.revision, self.cache_dir)
@@ -199,7 +199,6 @@ class QLoRAModule(LightningModule):
             self._prepare_for(self.trainer)  # which may be another
             return
         self.base, self.model, self.vocabulary_size = load_adapted(self)
-        self.base_watch.remember(self.model, self.trainer.strategy.root_device)
         prepare_for_training(self.model, self.gradient_checkpointing)
         self._prepare_for(self.trainer)
         if self.trainer.is_global_zero:
@@ -254,7 +253,7 @@ class QLoRAModule(LightningModule):
         sums = sum_over_step(self._micro_batches, trainer.world_size, self.device, new_splits)
         trained = self.trained_tensors()
         gradients = [p.grad for p in trained.values() if p.grad is not None]
-        scale_gradients(gradients, averaged_ranks(trainer) / (sums.weight or 1.0))
+        scale_gradients(gradients, 1 / (sums.weight or 1.0))
         self.last_step = StepStatistics.of(
             sums, self._micro_batches, gradients, optimizer, trainer.precision_plugin
         )

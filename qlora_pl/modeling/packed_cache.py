@@ -11,6 +11,8 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,12 @@ from qlora_pl.files import (
     write_json,
 )
 from qlora_pl.modeling.identity import BaseIdentity
-from qlora_pl.modeling.packed_model import NamedTensors, named_tensors
+from qlora_pl.modeling.packed_model import (
+    NamedTensors,
+    named_tensors,
+    packed_tensors,
+    without_bytes,
+)
 from qlora_pl.modeling.quantization import BLOCK_SIZE, QuantizationConfig
 
 logger = logging.getLogger(__name__)
@@ -38,7 +45,7 @@ ABANDONED_SECONDS = 24 * 3600
 """Age at which an unfinished copy is taken for what a killed process left behind."""
 RECORD = "packed.json"
 """Says which files a copy has and which tensors they hold; written last."""
-FILE_BYTES = 2**30
+FILE_BYTES = 2**26
 """Size at which a copy's file is full; so much is collected in host memory at a time."""
 
 
@@ -78,7 +85,7 @@ def verify_packed(folder: Path) -> bool:
     """
     record = folder / RECORD
     if not record.is_file():
-        # Written whole, or spoilt since: see write_packed.
+        # Written whole, or spoilt since: see new_copy.
         shutil.rmtree(folder, ignore_errors=True)
         return False
     try:
@@ -97,61 +104,113 @@ def verify_packed(folder: Path) -> bool:
     return True
 
 
+class PackedWriter:
+    """A packed copy on its way to disk, of which a file's worth waits in host memory at a time.
+
+    Args:
+        folder: Where its files go, until they are all there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
+        self._waiting: dict[str, Tensor] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """One more tensor, under its name in the model."""
+        self._waiting[name] = tensor.detach().cpu().contiguous()
+        if sum(t.numel() * t.element_size() for t in self._waiting.values()) >= FILE_BYTES:
+            self._write_waiting()
+
+    def put_away(self, name: str, weight: nn.Parameter) -> nn.Parameter:
+        """A 4-bit matrix as soon as it is packed; what comes back has its shape and no bytes.
+
+        Raises:
+            CopyFailed: if it cannot be written.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            for part, tensor in packed_tensors(name, weight):
+                self.add(part, tensor)
+        except (OSError, SafetensorError) as error:
+            raise CopyFailed(error) from error
+        return without_bytes(weight)
+
+    def add_rest(self, model: nn.Module) -> None:
+        """Everything of a model but what has been put away."""
+        for name, tensor in named_tensors(model):
+            if tensor.device.type != "meta":
+                self.add(name, tensor)
+
+    def finish(self) -> None:
+        """Write what still waits, and the record of all."""
+        if self._waiting:
+            self._write_waiting()
+        record = {"format": CACHE_FORMAT, "files": self._digests, "tensors": self._held}
+        write_json(self._folder / RECORD, record | {"digest": _digest(record)})
+
+    def _write_waiting(self) -> None:
+        from safetensors.torch import save_file
+
+        file = f"tensors-{len(self._digests) + 1:05d}.safetensors"
+        save_file(self._waiting, self._folder / file)
+        self._digests[file] = sha256_file(self._folder / file)
+        self._held |= dict.fromkeys(self._waiting, file)
+        self._waiting.clear()
+
+
+class CopyFailed(BaseException):
+    """A copy cannot be written on; not an Exception, because transformers would go on without."""
+
+
+@contextmanager
+def new_copy(folder: Path, num_bytes: float) -> Iterator[PackedWriter]:
+    """A packed copy to fill, which gets its name when the block ends well, or has one by then.
+
+    Args:
+        folder: Its name.
+        num_bytes: What it will take.
+
+    Raises:
+        OSError: if there is no room for it, or it cannot be written; so does a SafetensorError, or
+            a TrainingStoppedError.
+    """
+    from safetensors import SafetensorError
+
+    root = folder.parent
+    root.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(root)
+    if (free := shutil.disk_usage(root).free) < num_bytes * 1.1:
+        raise OSError(f"{num_bytes / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} are free")
+    temporary = temporary_folder(root)
+    try:
+        writer = PackedWriter(temporary)
+        yield writer
+        writer.finish()
+        temporary.rename(folder)
+    except (OSError, SafetensorError, TrainingStoppedError):
+        if not folder.exists():  # it does if another process was faster, which is as good
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_packed(model: nn.Module, folder: Path) -> None:
     """Keep the packed weights for the next start; a cache that cannot be written is no error."""
     from safetensors import SafetensorError
 
-    needed = sum(p.numel() * p.element_size() for p in model.parameters()) * 1.1
-    root = folder.parent
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(root)
-        if shutil.disk_usage(root).free < needed:
-            logger.warning("No room in '%s' to keep the packed weights; going on without.", root)
-            return
-        temporary = temporary_folder(root)
-        held = _write_tensors(model, temporary)
-        digests = {p.name: sha256_file(p) for p in sorted(temporary.iterdir())}
-        record = {"format": CACHE_FORMAT, "files": digests, "tensors": held}
-        write_json(temporary / RECORD, record | {"digest": _digest(record)})
-        temporary.rename(folder)
+        with new_copy(folder, num_bytes) as copy:
+            copy.add_rest(model)
     except (OSError, SafetensorError, TrainingStoppedError) as error:
-        if not folder.exists():  # it does if another process was faster, which is as good
-            logger.warning("The packed weights were not kept in '%s' (%s).", root, error)
-    finally:
-        if "temporary" in locals():
-            shutil.rmtree(temporary, ignore_errors=True)
+        logger.warning("The packed weights were not kept in '%s' (%s).", folder.parent, error)
 
 
 def _digest(record: dict[str, Any]) -> str:
     return sha256_bytes(json.dumps(record, sort_keys=True).encode())
-
-
-def _write_tensors(model: nn.Module, folder: Path) -> dict[str, str]:
-    """Write a model's tensors into files of about ``FILE_BYTES``; names -> files."""
-    from safetensors.torch import save_file
-
-    held: dict[str, str] = {}
-    waiting: dict[str, Tensor] = {}
-    num_bytes = num_files = 0
-
-    def write_waiting() -> None:
-        nonlocal num_bytes, num_files
-        num_files += 1
-        file = f"tensors-{num_files:05d}.safetensors"
-        save_file(waiting, folder / file)
-        held.update(dict.fromkeys(waiting, file))
-        waiting.clear()
-        num_bytes = 0
-
-    for name, tensor in named_tensors(model):
-        waiting[name] = tensor.detach().cpu().contiguous()
-        num_bytes += tensor.numel() * tensor.element_size()
-        if num_bytes >= FILE_BYTES:
-            write_waiting()
-    if waiting:
-        write_waiting()
-    return held
 
 
 def read_packed(folder: Path) -> NamedTensors:

@@ -29,18 +29,40 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Buffers that transformers would compute anew are among them; a tied parameter has one name.
     """
     for name, parameter in model.named_parameters():
-        yield name, parameter.data
-        for key, tensor in decoding_tensors(model.get_submodule(_owner(name)), parameter):
-            yield f"{name}.{key}", tensor
+        yield from packed_tensors(name, parameter, model.get_submodule(_owner(name)))
     yield from model.named_buffers()
 
 
-def decoding_tensors(layer: nn.Module, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+def packed_tensors(
+    name: str, weight: nn.Parameter, layer: nn.Module | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """A parameter by its name, and what it is decoded with; int8's scales are its layer's."""
+    yield name, weight.data
+    for key, tensor in decoding_tensors(layer, weight):
+        yield f"{name}.{key}", tensor
+
+
+def without_bytes(weight: Any) -> nn.Parameter:
+    """A 4-bit matrix that says all of itself but its codes and scales, which are let go."""
+    state = weight.quant_state
+    for part in (state, state.state2):
+        if part is not None:
+            part.absmax = part.absmax.to("meta")
+    codes = torch.empty_like(weight.data, device="meta")
+    empty: nn.Parameter = type(weight)(codes, **(vars(weight) | {"requires_grad": False}))
+    return empty
+
+
+def decoding_tensors(layer: nn.Module | None, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
     """What a layer's packed weight is decoded with, under the last part of its name."""
     state = getattr(weight, "quant_state", None)
     if state is not None:
         yield from state.as_dict(packed=True).items()
-    elif weight.dtype == torch.int8 and (scales := int8_scales(layer)) is not None:
+    elif (
+        layer is not None
+        and weight.dtype == torch.int8
+        and (scales := int8_scales(layer)) is not None
+    ):
         yield SCALES, scales
 
 

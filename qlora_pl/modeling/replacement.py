@@ -6,7 +6,7 @@ Left alone it replaces what is ``nn.Linear`` and nothing derived from it: a Falc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from qlora_pl.modeling.plan import QuantizationPlan
 from qlora_pl.modeling.quantization import INT8_OUTLIER_THRESHOLD, QuantizationConfig
 from qlora_pl.modeling.structure import is_conv1d
 
+PutAway = Callable[[str, nn.Parameter], nn.Parameter]
 METHODS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 
 
@@ -26,6 +27,7 @@ def planned_replacement(
     config: QuantizationConfig,
     compute_dtype: torch.dtype,
     quantize_on: torch.device | None = None,
+    put_away: PutAway | None = None,
 ) -> Iterator[None]:
     """Within the block, ``from_pretrained`` quantises what the plan says, no more and no less.
 
@@ -34,6 +36,7 @@ def planned_replacement(
         config: How to quantise.
         compute_dtype: Of the matrix products.
         quantize_on: The device that quantises, where the model is to lie on another; None: its own.
+        put_away: Given each 4-bit matrix that was made; what it returns is the model's.
     """
     from transformers.quantizers import auto  # slow to import
 
@@ -49,8 +52,8 @@ def planned_replacement(
             model.set_submodule(owner, layer)
 
     methods: dict[str, Any] = {"_process_model_before_weight_loading": replace}
-    if quantize_on is not None and quantize_on.type != "cpu" and config.is_four_bits:
-        methods["get_quantize_ops"] = lambda self: _elsewhere(self, quantize_on)
+    if quantize_on is not None and config.is_four_bits:
+        methods["get_quantize_ops"] = lambda self: _elsewhere(self, quantize_on, put_away)
     for method, quantizer in before.items():
         mapping[method] = type(f"Planned{quantizer.__name__}", (quantizer,), methods)
     try:
@@ -59,7 +62,7 @@ def planned_replacement(
         mapping.update(before)
 
 
-def _elsewhere(quantizer: Any, device: torch.device) -> Any:
+def _elsewhere(quantizer: Any, device: torch.device, put_away: PutAway | None) -> Any:
     """The quantising step of transformers, taken on another device than the model's."""
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize  # slow to import
 
@@ -67,7 +70,10 @@ def _elsewhere(quantizer: Any, device: torch.device) -> Any:
         def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, Any]:
             moved = {name: _one(value).to(device) for name, value in input_dict.items()}
             quantized = super().convert(moved, **arguments)
-            return {name: weight.to("cpu") for name, weight in quantized.items()}
+            made = {name: weight.to("cpu") for name, weight in quantized.items()}
+            if put_away is None:
+                return made
+            return {name: put_away(name, weight) for name, weight in made.items()}
 
     return QuantizeElsewhere(quantizer)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +17,24 @@ from torch import nn
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
 from qlora_pl.modeling.base_checksum import BaseWatch
-from qlora_pl.modeling.host_memory import release_freed_memory
+from qlora_pl.modeling.copy_making import make_copy
+from qlora_pl.modeling.host_memory import large_blocks_apart, release_freed_memory
 from qlora_pl.modeling.identity import BaseIdentity
+from qlora_pl.modeling.late_start import LateStarts
 from qlora_pl.modeling.loading import (
     LoadedBase,
     bitsandbytes_config,
     keep_gradients_on_cpu,
-    make_copy,
     unquantized_dtype,
 )
 from qlora_pl.modeling.packed_cache import packed_folder, read_packed, verify_packed
-from qlora_pl.modeling.packed_model import empty_model, fill, name_in_base, refuse_empty
+from qlora_pl.modeling.packed_model import (
+    NamedTensors,
+    empty_model,
+    fill,
+    name_in_base,
+    refuse_empty,
+)
 from qlora_pl.modeling.plan import AttentionKernel, QuantizationPlan, kernel_name
 from qlora_pl.modeling.quantization import QuantizationConfig, resolve_compute_dtype
 from qlora_pl.modeling.replacement import planned_replacement
@@ -68,19 +76,32 @@ def refuse_unshardable(
         raise ConfigurationError(problems)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How processes hold one base between them."""
+
+    mesh: Any
+    """Of all devices, one-dimensional."""
+    device: torch.device
+    """This process's."""
+    offload: bool
+    """Whether parts wait in host memory; see ``shard``."""
+    makes_copy: bool
+    """Whether this process is the first of its machine, which quantises."""
+    barrier: Callable[[], None]
+    """Waits for every process."""
+
+
+@large_blocks_apart()
 def load_sharded(
     identity: BaseIdentity,
     config: QuantizationConfig,
     plan: QuantizationPlan,
     lora: LoRAConfig,
     *,
+    sharing: Sharing,
     watch: BaseWatch,
-    mesh: Any,
-    device: torch.device,
-    offload: bool,
     seed: int,
-    makes_copy: bool,
-    barrier: Callable[[], None],
     cache_dir: str | None = None,
     attn_implementation: AttentionKernel = "auto",
     trust_remote_code: bool = False,
@@ -92,13 +113,9 @@ def load_sharded(
         config: How it is quantised.
         plan: From ``make_plan``.
         lora: What to attach.
+        sharing: Between whom, and how.
         watch: Told what the base is before it is cut, and asked whether it is the same after.
-        mesh: Of all devices, one-dimensional.
-        device: This process's.
-        offload: Whether parts wait in host memory; see ``shard``.
         seed: Of the adapters' start.
-        makes_copy: Whether this process is the first of its machine, which quantises.
-        barrier: Waits for every process.
         cache_dir: See ``cache_root``.
         attn_implementation: See ``QLoRAModule``.
         trust_remote_code: Whether Python code in the model's folder may run.
@@ -111,15 +128,15 @@ def load_sharded(
         HardwareError: if there is no room for the packed copy.
         TrainingStoppedError: if cutting it has changed the base.
     """
+    device = sharing.device
     compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
     dtype = unquantized_dtype(config, compute_dtype)
     copy = packed_folder(identity, config, dtype, device, cache_dir)
-    is_made = makes_copy and not verify_packed(copy)
+    is_made = sharing.makes_copy and not verify_packed(copy)
     if is_made:
         make_copy(identity, config, plan, copy, device, attn_implementation, trust_remote_code)
         release_freed_memory(of_cycles=True)
-    barrier()
-    tensors = read_packed(copy)
+    sharing.barrier()
     packing = bitsandbytes_config(config, compute_dtype, plan) if config.is_quantized else None
     with planned_replacement(plan, config, compute_dtype):
         base = empty_model(
@@ -127,22 +144,38 @@ def load_sharded(
         )
     keep_gradients_on_cpu(base)
     base.requires_grad_(False)
-    model = attach_adapters(base, lora, seed)
-    for unit in unit_names(model):
-        fill(model, tensors, device, name_in_base, unit)
-        account_for(base, plan, config, within=name_in_base(unit))
-        watch.remember(model.get_submodule(unit), device, within=name_in_base(unit))
-        shard(model.get_submodule(unit), mesh, offload)
-        release_freed_memory()
-    fill(model, tensors, device, name_in_base)
-    refuse_empty(model)
-    watch.check(model, device, CUT)
-    watch.remember(model, device)
-    shard(base, mesh, offload)
-    watch.check(model, device, CUT)
+    starts = LateStarts()
+    model = attach_adapters(base, lora, seed, starts=starts)
+    source: Any = "quantised now" if is_made else "read from the cache"
+    loaded = LoadedBase(base, plan, compute_dtype, dtype, source)
+    _fill_and_cut(loaded, model, read_packed(copy), starts, config, sharing, watch)
     release_freed_memory(of_cycles=True)
-    barrier()
+    sharing.barrier()
     if is_made and not config.cache:
         shutil.rmtree(copy, ignore_errors=True)
-    source: Any = "quantised now" if is_made else "read from the cache"
-    return LoadedBase(base, plan, compute_dtype, dtype, source), model
+    return loaded, model
+
+
+def _fill_and_cut(
+    base: LoadedBase,
+    model: nn.Module,
+    tensors: NamedTensors,
+    starts: LateStarts,
+    config: QuantizationConfig,
+    sharing: Sharing,
+    watch: BaseWatch,
+) -> None:
+    """Give a model its weights, unit by unit, each of which is cut before the next one comes."""
+    device = sharing.device
+    for unit in unit_names(model):
+        fill(model, tensors, device, name_in_base, unit)
+        starts.draw(model.get_submodule(unit))
+        account_for(base.model, base.plan, config, within=name_in_base(unit))
+        watch.remember(model.get_submodule(unit), device, within=name_in_base(unit))
+        shard(model.get_submodule(unit), sharing.mesh, sharing.offload)
+    fill(model, tensors, device, name_in_base)
+    starts.draw(model)
+    refuse_empty(model)
+    watch.remember_rest(model, device)
+    shard(base.model, sharing.mesh, sharing.offload)
+    watch.check(model, device, CUT)

@@ -110,6 +110,10 @@ def shard(module: nn.Module, mesh: Any, offload: bool) -> None:
     policy = CPUOffloadPolicy(pin_memory=is_cuda) if offload else OffloadPolicy()
     # Said of the root too: left whole after a validation, it would be saved by other objects.
     fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+    # Sums, as under ddp: gloo of some versions adds where it is told to average (pytorch #162338).
+    cut = cast(Any, module)
+    cut.set_force_sum_reduction_for_comms(True)
+    cut.set_gradient_divide_factor(1.0)
     for inner in module.modules():
         state = getattr(inner, "quant_state", None)
         weight = inner._parameters.get("weight")

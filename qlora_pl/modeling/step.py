@@ -167,21 +167,19 @@ def sum_over_step(
     return StepSums(*sums.tolist())
 
 
-def averaged_ranks(trainer: Any) -> int:
-    """Over how many ranks the strategy has averaged a step's gradients; 1 where it has summed them.
+def refuse_other_sums(trainer: Any) -> None:
+    """The strategy must add up a step's gradients over ranks, once, and not average them.
 
     Raises:
-        ConfigurationError: if nobody knows: it is neither this project's, nor one process.
+        ConfigurationError: if it is neither this project's, nor one process.
     """
     strategy = trainer.strategy
-    if trainer.world_size == 1 or getattr(strategy, "sums_gradients", False):
-        return 1
-    if getattr(strategy, "shards_parameters", False):
-        return int(trainer.world_size)
-    raise ConfigurationError(
-        f"trainer.strategy: a {type(strategy).__name__} wraps the model and adds gradients while "
-        "a micro-batch may still be repeated; use those of qlora_pl.strategies, ddp or fsdp2."
-    )
+    if trainer.world_size > 1 and not getattr(strategy, "sums_gradients", False):
+        raise ConfigurationError(
+            f"trainer.strategy: a {type(strategy).__name__} wraps the model and adds gradients "
+            "while a micro-batch may still be repeated; use those of qlora_pl.strategies, ddp or "
+            "fsdp2."
+        )
 
 
 def stop_if_diverged(

@@ -36,7 +36,7 @@ class AdapterDDP(DDPStrategy):
     """
 
     sums_gradients = True
-    """Gradients of a step are the sum over ranks; strategies without it average them."""
+    """Gradients of a step are the sum over ranks; other strategies are refused."""
 
     def setup(self, trainer: Trainer) -> None:
         """Place the model and make its optimizer, without a wrapper and without a broadcast."""

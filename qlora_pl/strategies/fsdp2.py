@@ -29,6 +29,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     """
 
     shards_parameters = True
+    sums_gradients = True
+    """Each unit's as its backward ends, by torch; see ``sharding.shard``."""
 
     def __init__(
         self,

@@ -136,3 +136,22 @@ def test_a_checkpoint_is_not_continued_around_other_bytes_of_the_same_kind_of_de
     other.compare(saved, torch.device("cuda"))  # whose constants are rounded otherwise
     with pytest.raises(CheckpointError, match="not, byte for byte, the one that the checkpoint"):
         other.compare(saved, CPU)
+
+
+def test_what_is_remembered_of_a_part_stays_when_the_rest_is_remembered(tiny_base: Path) -> None:
+    """A layer that changes between the two must be found, and both together are the whole base."""
+    model = load(tiny_base).model
+    whole, watch = BaseWatch(), BaseWatch()
+    whole.remember(model, CPU)
+    watch.remember(model.get_submodule("model.layers.0"), CPU, within="model.layers.0")
+    first, last = (model.get_submodule(f"model.layers.{n}.mlp.up_proj") for n in (0, 1))
+    first.weight.data[0] ^= 1  # type: ignore[operator, index]
+    watch.remember_rest(model, CPU)
+    with pytest.raises(TrainingStoppedError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight'"):
+        watch.check(model, CPU, "in between")
+    first.weight.data[0] ^= 1  # type: ignore[operator, index]
+    watch.check(model, CPU, "in between")
+    assert combined(watch.checksums) == combined(whole.checksums)
+    last.weight.data[0] ^= 1  # type: ignore[operator, index]
+    with pytest.raises(TrainingStoppedError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        watch.check(model, CPU, "afterwards")

@@ -19,7 +19,7 @@ from memory_runs import apart, train, trained
 from rank_runs import PLANS, SHORTAGES, TRAFFIC
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.step import StepSums, averaged_ranks
+from qlora_pl.modeling.step import StepSums, refuse_other_sums
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.strategies.ddp import AdapterDDP
 
@@ -218,7 +218,7 @@ def test_lightnings_own_choice_for_several_devices_is_ours() -> None:
 
     trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy_named("auto"), logger=False)
     assert type(trainer.strategy) is AdapterDDP
-    assert averaged_ranks(trainer) == 1
+    refuse_other_sums(trainer)
 
 
 def test_a_strategy_that_nobody_knows_is_refused_before_weights_are_loaded() -> None:
@@ -227,4 +227,4 @@ def test_a_strategy_that_nobody_knows_is_refused_before_weights_are_loaded() -> 
 
     trainer = Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(), logger=False)
     with pytest.raises(ConfigurationError, match="use those of qlora_pl"):
-        averaged_ranks(trainer)
+        refuse_other_sums(trainer)

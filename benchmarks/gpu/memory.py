@@ -1,0 +1,125 @@
+"""A real shortage of memory in a step, and what a step takes against what was planned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpu.layouts import ADAPTER, LOSS
+from gpu.place import Findings, Place
+from gpu.runs import Run, adapter_distance, complete, finish, step_distance
+from gpu.speed import TOKENS_OF_ROW, large_run
+
+ROWS = 8
+STEP = 2
+"""In which memory is short; the optimizer has its state by then."""
+SHARE = 0.75
+"""Of what a step takes besides what is held: too little for it, enough for half of its rows."""
+MOST_OVER_PLAN = 1.15
+"""A step may take so much of what was estimated: the choice of a strategy leaves 8 % free."""
+
+
+def shortage(place: Place, findings: Findings) -> None:
+    """The allocator is allowed less than a step takes: split, and stop."""
+    free = _batch_run(place, "enough-memory")
+    complete(free)
+    cap: dict[str, Any] = {"step": STEP, "rehearsed_rows": ROWS}
+    if not place.is_rehearsal:
+        step = next(step for step in free.notes()["steps"] if step["step"] == STEP)
+        held, peak = step["held_bytes"], step["peak_bytes"]
+        cap["num_bytes"] = int(held + SHARE * (peak - held))
+        findings.note(held_bytes=held, peak_bytes=peak, allowed_bytes=cap["num_bytes"])
+    callback = {"class_path": "gpu.notes.MemoryCap", "init_args": cap}
+    split = _batch_run(place, "short-of-memory", callback)
+    stop = _batch_run(place, "short-and-stopped", callback, on_oom="stop")
+    codes = finish(split, stop)
+    if any(codes[0]):
+        raise RuntimeError(split.failure(codes[0]))
+    metrics = split.metrics()
+    counts = {name: metrics[name] for name in ("out_of_memory_splits", "micro_batch_pieces")}
+    findings.claim(
+        "split: memory ran out in a step, and the run went on in pieces",
+        counts["out_of_memory_splits"] >= 1 and counts["micro_batch_pieces"] in (2, 4),
+        **counts,
+    )
+    apart = adapter_distance(split, free)
+    gap = step_distance(split, free, "loss")
+    findings.claim(
+        "split: the adapter is that of the run with enough memory",
+        apart["relative_difference"] <= ADAPTER and gap <= LOSS,
+        **apart,
+        loss_difference=gap,
+    )
+    said = " ".join(stop.said.split())
+    findings.claim(
+        "stop: the run ends with exit code 1 and names the micro-batch to set",
+        codes[1] == [1] and f"set data.batch_size: {ROWS // 2}" in said,
+        exit_code=codes[1][0],
+        said=stop.said.strip()[-300:],
+    )
+
+
+def _batch_run(
+    place: Place, name: str, callback: dict[str, Any] | None = None, on_oom: str = "split"
+) -> Run:
+    """Eight rows a micro-batch, whose activations are most of what a step takes."""
+    return Run(
+        place,
+        name,
+        model={
+            "on_oom": on_oom,
+            "gradient_checkpointing": False,
+            "optimizer": {"name": "adamw_32bit"},
+        },
+        data={"packing": False, "batch_size": ROWS, "global_batch_size": ROWS},
+        trainer={"callbacks": [callback] if callback else []},
+    )
+
+
+def plan(place: Place, findings: Findings) -> None:
+    """A step of the large base against the estimate that chooses strategies."""
+    from qlora_pl.modeling.adapters import LoRAConfig
+    from qlora_pl.modeling.footprint import OVERHEAD, estimate_footprint
+    from qlora_pl.modeling.optimizers import OptimizerConfig
+    from qlora_pl.modeling.plan import build_skeleton
+    from qlora_pl.modeling.quantization import QuantizationConfig
+
+    run = large_run(place, "large-quantised-now")
+    complete(run)
+    notes, model, data = run.notes(), run.config["model"], run.config["data"]
+    footprint = estimate_footprint(
+        build_skeleton(model["model_name_or_path"]),
+        QuantizationConfig(**model["quantization"]),
+        LoRAConfig(**model["lora"]),
+        OptimizerConfig(**model["optimizer"]),
+        data["batch_size"] * TOKENS_OF_ROW,
+        True,
+    )
+    sizes = notes["base_bytes"]
+    findings.note(
+        measured=sizes,
+        planned={
+            "weights": footprint.weights,
+            "constants": footprint.constants,
+            "trained": footprint.trained,
+            "activations": footprint.activations,
+        },
+    )
+    findings.claim(
+        "packed weights take half a byte each",
+        2 * sizes["packed"] == sizes["packed_weights"],
+        num_bytes=sizes["packed"],
+    )
+    planned = footprint.weights
+    held = sizes["packed"] + sizes["unquantised"]
+    findings.claim(
+        "the base takes what was planned, to a thousandth",
+        abs(held / planned - 1) <= 1e-3,
+        ratio=held / planned,
+    )
+    text = "a step takes no more than what was planned and 15 %"
+    if place.is_rehearsal:
+        findings.needs_cuda(text)
+        return
+    peak = max(step["peak_bytes"] for step in notes["steps"])
+    ratio = peak / (footprint.whole - OVERHEAD)
+    findings.claim(text, ratio <= MOST_OVER_PLAN, ratio=ratio, peak_bytes=peak)
