@@ -24,6 +24,7 @@ TRAINER_COMMANDS = {
     "predict": "Answer the prompts of the validation rows, into predictions.jsonl.",
 }
 OTHER_COMMANDS = {
+    "generate": "Answer prompts with an adapter folder, or with a model alone.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
@@ -75,6 +76,8 @@ def main() -> int:
     try:
         if command in TRAINER_COMMANDS:
             return run_trainer_command()
+        if command == "generate":
+            return run_generate()
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
         fail(str(error))
@@ -102,6 +105,16 @@ def run_trainer_command() -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     QLoRACLI()  # no arguments: Lightning starts further processes with this one's
     return 0
+
+
+def run_generate() -> int:
+    """Hand over to ``generate``, which needs no configuration of a run."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten()
+    from qlora_pl.inference.generate import generate_command
+
+    return generate_command(sys.argv[2:])
 
 
 def run_inspect() -> int:

@@ -57,6 +57,8 @@ class AdapterManifest:
     versions: dict[str, str]
     vocabulary_size: int | None = None
     """Rows that the base's embedding is to be resized to first; None: it stays as it is."""
+    encoding: dict[str, Any] = field(default_factory=dict)
+    """All that made its training rows' ids, the template's text among it; see ``Encoder``."""
     auto_class: str = "AutoModelForCausalLM"
     """The transformers class that loads the base."""
     format: int = MANIFEST_FORMAT

@@ -6,22 +6,20 @@ copied as it is, after its base, ranks and modules were compared.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_pl.errors import AdapterFolderError, ConfigurationError
-from qlora_pl.modeling.adapter_folder import WEIGHTS, read_adapter_folder
-from qlora_pl.modeling.adapters import BASE_CHANGING, LoRAConfig, by_module
+from qlora_pl.modeling.adapter_folder import read_adapter_folder
+from qlora_pl.modeling.adapters import LoRAConfig, by_module
 from qlora_pl.modeling.eva import start_at_activations
 from qlora_pl.modeling.identity import BaseIdentity
-from qlora_pl.modeling.own_files import lies_in
+from qlora_pl.modeling.peft_folder import locate_adapter, other_kind, read_config, read_tensors
 
-PICKLED = "adapter_model.bin"
 COMPARED = {
     "r": "r",
     "alpha": "lora_alpha",
@@ -29,8 +27,6 @@ COMPARED = {
     "bias": "bias",
 }
 """This project's keys, and PEFT's, that must be the same in an adapter to go on from."""
-UNKNOWN = ("alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora")
-"""PEFT's settings under which the same tensors compute something else."""
 EVA_BATCHES = 16
 """Batches of the first training rows that EVA looks at."""
 
@@ -80,42 +76,6 @@ def _share(tensors: dict[str, nn.Parameter], world_size: int) -> None:
         torch.distributed.broadcast(tensor.data, src=0)
 
 
-def locate_adapter(name: str) -> Path:
-    """The folder of an adapter: the one named, or the Hub's snapshot.
-
-    Raises:
-        ConfigurationError: if it is neither, or holds no adapter.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        folder = _snapshot(name)
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigurationError(
-            f"model.lora.init_from: '{name}' holds no adapter (no adapter_config.json)."
-        )
-    for file in ("adapter_config.json", WEIGHTS, PICKLED):
-        if not lies_in(folder, file):
-            raise ConfigurationError(
-                f"model.lora.init_from: '{folder / file}' is a link that leads out of its folder; "
-                "ask whoever sent it, or put the file itself there."
-            )
-    return folder
-
-
-def _snapshot(name: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigurationError(f"model.lora.init_from: no folder '{name}'.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS, PICKLED]))
-    except Exception as error:  # the client raises a dozen unrelated types
-        raise ConfigurationError(
-            f"model.lora.init_from: '{name}' is neither a folder here nor an adapter that could be "
-            f"fetched from the Hub ({type(error).__name__})."
-        ) from error
-
-
 def refuse_other_adapter(
     folder: Path, config: LoRAConfig, base: BaseIdentity, targets: list[str]
 ) -> None:
@@ -136,7 +96,7 @@ def refuse_other_adapter(
             manifest = read_adapter_folder(folder)
         except AdapterFolderError as error:
             raise ConfigurationError(f"model.lora.init_from: {error}") from error
-    saved = _read_config(folder)
+    saved = read_config(folder)
     problems = []
     if manifest is not None:
         if manifest.base["weights"] != base.weights:
@@ -151,7 +111,7 @@ def refuse_other_adapter(
             f"'{saved.get('base_model_name_or_path')}', and this run's is '{base.name}'; name its "
             "base (or correct its adapter_config.json, if that is the same model)."
         )
-    problems += _other_kind(folder, saved)
+    problems += other_kind(folder, saved)
     method = "dora" if saved.get("use_dora") else "lora"
     pairs: list[tuple[str, Any, Any]] = [("method", method, config.method)]
     pairs += [(key, saved.get(theirs), getattr(config, key)) for key, theirs in COMPARED.items()]
@@ -169,36 +129,6 @@ def refuse_other_adapter(
         raise ConfigurationError(problems)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        saved = json.loads(path.read_text())
-        if not isinstance(saved, dict):
-            raise ValueError("no mapping")
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"model.lora.init_from: '{path}' cannot be read ({error})."
-        ) from error
-    return saved
-
-
-def _other_kind(folder: Path, saved: dict[str, Any]) -> list[str]:
-    """What an adapter is that the same tensors over the plain base would not be."""
-    problems = []
-    if saved.get("peft_type") != "LORA":
-        problems.append(f"is an adapter of the kind {saved.get('peft_type')}, and not LORA.")
-    init = str(saved.get("init_lora_weights"))
-    if init.startswith((*BASE_CHANGING, "lora_ga")):
-        problems.append(
-            f"has init_lora_weights {init}, which changes the base; convert it to a plain LoRA "
-            "with PEFT's path_initial_model_for_weight_conversion."
-        )
-    problems += [
-        f"has {key}, which this project does not know." for key in UNKNOWN if saved.get(key)
-    ]
-    return [f"model.lora.init_from: '{folder}' {problem}" for problem in problems]
-
-
 def start_at_adapter(model: nn.Module, folder: Path) -> None:
     """Copy an adapter's tensors into a model's adapters.
 
@@ -211,7 +141,7 @@ def start_at_adapter(model: nn.Module, folder: Path) -> None:
     """
     import peft  # slow to import
 
-    tensors = _read(folder)
+    tensors = read_tensors(folder)
     own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     missing, unused = sorted(own.keys() - tensors), sorted(tensors.keys() - own)
     if missing or unused:
@@ -231,28 +161,7 @@ def start_at_adapter(model: nn.Module, folder: Path) -> None:
     peft.set_peft_model_state_dict(model, cast)
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    paths = [folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()]
-    if not paths:
-        raise ConfigurationError(f"model.lora.init_from: '{folder}' has no {WEIGHTS}.")
-    path = paths[0]
-    try:
-        if path.name == WEIGHTS:
-            loaded = load_file(path)
-        else:  # tensors alone: a pickle could run anything
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise half a dozen unrelated types
-        raise ConfigurationError(
-            f"model.lora.init_from: '{path}' cannot be read ({type(error).__name__})."
-        ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise ConfigurationError(f"model.lora.init_from: '{path}' holds no tensors by name.")
-    return loaded
-
-
 def _targets(folder: Path) -> str:
-    targets = _read_config(folder).get("target_modules")
+    targets = read_config(folder).get("target_modules")
     parts = targets if isinstance(targets, list) else [str(targets)]
     return ", ".join(sorted({re.sub(r".*\.", "", part) for part in parts}))

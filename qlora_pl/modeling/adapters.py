@@ -296,9 +296,7 @@ def attach_adapters(
             ) from error
     _refuse_moved(model, peft_config, targets)
     dtype = getattr(torch, config.dtype)
-    for module in adapted.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            _keep_in(module, dtype)
+    keep_adapters_in(adapted, dtype)
     for name, parameter in adapted.named_parameters():
         if "trainable_tokens_delta" in name:
             parameter.data = parameter.data.to(dtype)
@@ -328,6 +326,15 @@ def _shortest_names(model: nn.Module, targets: list[str]) -> list[str]:
     parts = sorted({name.rpartition(".")[2] for name in targets})
     meant = {name for name, _ in model.named_modules() if matches(name, parts)}
     return parts if meant == set(targets) else targets
+
+
+def keep_adapters_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep adapters in a type, in which they do not multiply; see ``CastingLinear``."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            _keep_in(module, dtype)
 
 
 def _keep_in(layer: Any, dtype: torch.dtype) -> None:

@@ -103,7 +103,7 @@ def answer_batch(
     is_pair = bool(_config_of(model).is_encoder_decoder)
     num_given = 1 if is_pair else input_ids.shape[1]
     lengths = [0 if is_pair else num_given - padding for padding in num_padded]
-    limits = [_limit(config, length, _context(model)) for length in lengths]
+    limits = [_limit(config, length, context_of(model)) for length in lengths]
     output = _generate(
         model,
         tokenizer,
@@ -183,7 +183,7 @@ def _config_of(model: Any) -> Any:
     return model.config
 
 
-def _context(model: Any) -> int | None:
+def context_of(model: Any) -> int | None:
     """Tokens that a model can read; None: as many as there is memory for."""
     config = _config_of(model)
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

@@ -168,6 +168,7 @@ def make_manifest(module: Any, data: Any, step: int) -> AdapterManifest:
         data=data.describe() if data is not None else {},
         versions={name: version(name) for name in VERSIONED},
         vocabulary_size=module.vocabulary_size,
+        encoding=data.encoder.definition() if data is not None else {},
         auto_class=auto_class_name(module.base.model),
     )
 

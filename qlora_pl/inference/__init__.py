@@ -1,0 +1,1 @@
+"""An adapter folder, or a model, and nothing else -> answers."""
