@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import is_slow_case
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,6 +29,13 @@ PAGE = (
     "the request. ### Instruction: ### Response: ### Human: ### Assistant: What is the capital of "
     "France? The capital of France is Paris. How many legs has a spider? It has eight legs. "
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what stands for itself in a longer run only."""
+    for item in items:
+        if is_slow_case(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,8 @@ from faults.ranks import RANK_FAULTS, prove_ranks
 from faults.runs import Runs
 from faults.sweeps import ACTIONS, PARTS, Sweep
 
+WORDS = (*PARTS, "random", "ranks")
+"""What can be run by itself: sweeps through parts of a run, random places, several processes."""
 MEANS = {
     "kill": "SIGKILL at each operation",
     "error": "an error at each operation (disk full from then on, or one I/O error)",
@@ -69,19 +71,18 @@ def seed_and_count() -> tuple[int, int]:
     return int(os.environ.get("FAULTS_SEED", "0")), int(os.environ.get("FAULTS_COUNT", "220"))
 
 
-def jobs_of(words: list[str], folder: Path) -> Iterator[Job]:
-    """Every injection of the parts that are named."""
-    if "sweeps" in words:
-        runs = Runs(folder / "listing")
-        for part, meant in PARTS.items():
-            sweep = Sweep(runs, part)
-            for action in ACTIONS:
-                row = f"{meant}: {MEANS[action]}"
-                yield from (Job(row, part=part, fault=fault) for fault in sweep.faults(action))
+def jobs_of(word: str, folder: Path) -> Iterator[Job]:
+    """Every injection of one of ``WORDS``."""
+    if word in PARTS:
+        runs = Runs(folder / f"listing-{word}")
+        sweep = Sweep(runs, word)
+        for action in ACTIONS:
+            row = f"{PARTS[word]}: {MEANS[action]}"
+            yield from (Job(row, part=word, fault=fault) for fault in sweep.faults(action))
         runs.close()
-    if "random" in words:
+    if word == "random":
         drawn = draw_all(*seed_and_count())
         for kind in KINDS:
             yield from (Job(k.name, kind=k.name, seed=s) for k, s in drawn if k is kind)
-    if "ranks" in words:
+    if word == "ranks":
         yield from (Job(name, ranks=name) for name in RANK_FAULTS)

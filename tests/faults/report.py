@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from faults.proving import Outcome
@@ -13,42 +16,78 @@ BEGIN, END = "<!-- faults: begin (made by `make faults`) -->", "<!-- faults: end
 ENDINGS = ("went on", "said so and stopped", "died")
 
 
-class Table:
-    """Counts outcomes by kind."""
+@dataclass
+class Row:
+    """What came of the injections of one kind."""
 
-    def __init__(self) -> None:
-        self.rows: dict[str, list[Outcome]] = defaultdict(list)
+    kind: str
+    injections: int = 0
+    endings: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ENDINGS, 0))
+    lost_steps: int = 0
+    """At most."""
+    equal: int = 0
+    """Runs that ended as the uninterrupted one."""
 
-    def add(self, kind: str, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome) -> None:
         """One more."""
-        self.rows[kind].append(outcome)
+        self.injections += 1
+        if outcome.ending in self.endings:
+            self.endings[outcome.ending] += 1
+        self.lost_steps = max(self.lost_steps, outcome.lost_steps)
+        self.equal += not outcome.problems
 
-    @property
-    def num_injections(self) -> int:
-        """Of all kinds."""
-        return sum(len(outcomes) for outcomes in self.rows.values())
 
-    @property
-    def failures(self) -> list[Outcome]:
-        """Those after which something was lost, or different."""
-        return [o for outcomes in self.rows.values() for o in outcomes if o.problems]
+class Records:
+    """Rows of the parts that were run to their end, of one state of the code.
 
-    def text(self, seed: int) -> str:
-        """As Markdown."""
-        lines = [
-            f"{self.num_injections} injections; seed {seed}; a save every {INTERVAL} steps.",
-            "",
-            "| fault | injections | went on | said so and stopped | died | steps again, at most "
-            "| equal at the end |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for kind, outcomes in self.rows.items():
-            counts = [sum(o.ending == ending for o in outcomes) for ending in ENDINGS]
-            lost = max(outcome.lost_steps for outcome in outcomes)
-            equal = sum(not outcome.problems for outcome in outcomes)
-            cells = [kind, len(outcomes), *counts, lost, f"{equal} of {len(outcomes)}"]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        return "\n".join(lines)
+    Args:
+        folder: Where they are kept.
+        code: Names the state of the code.
+    """
+
+    def __init__(self, folder: Path, code: str) -> None:
+        self.folder = folder
+        self.code = code
+
+    def keep(self, word: str, rows: list[Row]) -> None:
+        """Remember what came of a part."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = {"code": self.code, "rows": [asdict(row) for row in rows]}
+        (self.folder / f"{word}.json").write_text(json.dumps(held, indent=2))
+
+    def rows(self, words: Iterable[str]) -> list[Row] | None:
+        """The rows of all these parts; None if one was not run with this code."""
+        found: list[Row] = []
+        for word in words:
+            path = self.folder / f"{word}.json"
+            held = json.loads(path.read_text()) if path.exists() else {}
+            if held.get("code") != self.code:
+                return None
+            found += [Row(**row) for row in held["rows"]]
+        return found
+
+
+def code_digest(root: Path) -> str:
+    """A name for the package and the faults as they are now."""
+    files = sorted([*(root / "qlora_pl").rglob("*.py"), *(root / "tests/faults").glob("*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def table(rows: list[Row], seed: int) -> str:
+    """As Markdown."""
+    total = sum(row.injections for row in rows)
+    lines = [
+        f"{total} injections; seed {seed}; a save every {INTERVAL} steps.",
+        "",
+        "| fault | injections | went on | said so and stopped | died | steps again, at most "
+        "| equal at the end |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        equal = f"{row.equal} of {row.injections}"
+        cells = [row.kind, row.injections, *row.endings.values(), row.lost_steps, equal]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
 def put_into(page: Path, text: str) -> None:

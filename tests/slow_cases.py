@@ -1,0 +1,35 @@
+"""Cases that are marked slow by name: of tests with many alike, a few stand for the others.
+
+So that ``make test`` stays short. ``make test-all`` runs every case.
+"""
+
+from __future__ import annotations
+
+import re
+
+SLOW_CASES = (
+    # each of these tokenizers takes seconds to build; others of their kinds stay
+    r"data/test_\w+\.py::.*\[(qwen|llama3|mistral3)",
+    r"data/test_preparation\.py::test_rows_are_the_same_from.*\[(?!cut\]|split)",
+    r"modeling/test_families\.py::test_a_killed_run.*\[(?!LLaMA|BLOOM|T5\])",
+    r"modeling/test_adapter_kinds\.py::test_a_killed_run.*\[(?!dora-int8|opt-all)",
+    r"modeling/test_out_of_memory\.py::.*\[(one pack|token budget|micro_batches)\]",
+    r"test_experiments\.py::test_a_shrunken_base.*\[(?!guanaco7b|t5_)",
+    r"test_experiments\.py::test_an_experiment_trains_as.*\[(?!guanaco7b|guanaco65b|bloom)",
+    r"test_packed_runs\.py::test_a_killed_run.*\[(?!1-packs)",
+    r"training/test_signals\.py::test_a_signal_anywhere.*\[(?!in-a-step|in-a-save)",
+    r"training/test_signals\.py::test_a_signal_within_a_window.*\[(?!6|2)",
+    r"training/test_signals\.py::test_samples_are_cut_short",
+    r"training/test_resume\.py::test_a_resumed_run_ends.*\[(?!mid-epoch|three)",
+    r"training/test_resume_layouts\.py::test_a_run_goes_on_with_other.*\[(?!padded)",
+    r"test_end_to_end\.py::test_a_run_that_is_told_to_stop_says.*\[2-130\]",
+    r"test_cli\.py::test_no_logger.*\[(?!default)",
+)
+"""Regular expressions, searched in node ids."""
+
+_ANY = re.compile("|".join(SLOW_CASES))
+
+
+def is_slow_case(node_id: str) -> bool:
+    """Whether a test is left to ``make test-all``."""
+    return _ANY.search(node_id) is not None
