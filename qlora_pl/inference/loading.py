@@ -141,7 +141,8 @@ def load(
         model.set_adapter(next(iter(source.adapters)))  # type: ignore[operator]
     model.requires_grad_(False)
     model.eval()
-    allow_inference_kernel(model)
+    if base.compute_dtype == torch.bfloat16 and not reads_base_weights(model):
+        allow_inference_kernel(model)
     return Model(model, tokenizer, make_encoder(source, tokenizer, base.model), source, biases)
 
 
@@ -254,11 +255,21 @@ def _refuse_misfits(folder: Path, tensors: Mapping[str, Tensor], own: Mapping[st
             )
 
 
+def reads_base_weights(model: Any) -> bool:
+    """Whether an adapter computes with the base's weights themselves, as DoRA does with their norm.
+
+    Of repacked weights bitsandbytes decodes other numbers, without an error.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    return any(config.use_dora for config in configs)
+
+
 def allow_inference_kernel(model: nn.Module) -> None:
     """Let bitsandbytes repack weights for its kernel on CPUs with AVX512-BF16, twice as fast.
 
     A repacked model has no backward pass and rounds the scales to bfloat16 (outputs move by some
-    0.3 %), so it is never trained, merged or saved: training keeps it off.
+    0.3 %), whatever the products' type: so it is never trained, merged or saved, and products in
+    float32 are left alone.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

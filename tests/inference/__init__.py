@@ -1,0 +1,1 @@
+"""Answers from an adapter folder and nothing else."""

@@ -1,0 +1,66 @@
+"""One trained adapter for all tests: three steps over a tiny base, multiplied in float32."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_runs import fit
+from conftest import save_base
+
+from qlora_pl.__main__ import main
+from qlora_pl.inference.loading import Model, load
+from qlora_pl.inference.source import ModelChoice, resolve_source
+
+CPU = torch.device("cpu")
+Type = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def run(tiny_base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose adapter answers otherwise than its base."""
+    folder = tmp_path_factory.mktemp("trained")
+    fit(folder, tiny_base, rows_file, r=8, alpha=64.0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(run: Path) -> Path:
+    """Its adapter folder."""
+    return run / "adapter"
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shapes, other weights."""
+    return save_base(tmp_path_factory.mktemp("other") / "tiny-llama", seed=1)
+
+
+@pytest.fixture(scope="session")
+def model(adapter: Path) -> Model:
+    """What answers."""
+    return load(resolve_source(ModelChoice(adapter=(str(adapter),))), CPU)
+
+
+@pytest.fixture
+def type_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Type:
+    """Types a command in an empty folder: exit code, standard output, standard error."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora-pl", *map(str, words)])
+        capsys.readouterr()
+        try:
+            code = main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
