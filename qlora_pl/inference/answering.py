@@ -137,8 +137,11 @@ class Answerer:
         return _Encoded(prompt, text, ids)
 
     def _batches(self, encoded: Sequence[_Encoded]) -> Iterator[Sequence[_Encoded]]:
-        for start in range(0, len(encoded), self.batch_size):
-            yield encoded[start : start + self.batch_size]
+        start = 0
+        while start < len(encoded):
+            batch = encoded[start : start + self.batch_size]  # which may shrink meanwhile
+            start += len(batch)
+            yield batch
 
     def _ask(
         self, batch: Sequence[_Encoded], name: str, should_stop: Callable[[], bool]

@@ -47,20 +47,24 @@ def model(adapter: Path) -> Model:
 
 @pytest.fixture
 def type_in(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> Type:
-    """Types a command in an empty folder: exit code, standard output, standard error."""
+    """Types a command in an empty folder: exit code, standard output, standard error and log."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["qlora-pl", *map(str, words)])
         capsys.readouterr()
+        caplog.clear()
         try:
             code = main()
         except SystemExit as exit:
             code = int(exit.code or 0)
         printed = capsys.readouterr()
-        return code, printed.out, printed.err
+        return code, printed.out, printed.err + caplog.text
 
     return run
