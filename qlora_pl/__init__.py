@@ -23,6 +23,8 @@ _HOMES = {
     "SampleWriter": "qlora_pl.training.samples",
     "ScheduleConfig": "qlora_pl.modeling.optimizers",
     "SourceConfig": "qlora_pl.data.reading.sources",
+    "generate": "qlora_pl.inference.api",
+    "load_adapter": "qlora_pl.inference.api",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -98,7 +98,8 @@ MAY_USE: dict[str, set[str]] = {
     "data.sharing": {"torch", "lightning"},
     "modeling": {"torch", "transformers", "numpy", "tqdm", "huggingface_hub", "safetensors"},
     "modeling.adapters": {"torch", "peft"},
-    "modeling.adapter_start": {"torch", "peft", "safetensors", "huggingface_hub"},
+    "modeling.adapter_start": {"torch", "peft"},
+    "modeling.peft_folder": {"torch", "safetensors", "huggingface_hub"},
     "modeling.dora": {"torch", "peft"},
     "modeling.eva": {"torch", "peft"},
     "modeling.late_start": {"torch", "peft"},
@@ -113,6 +114,8 @@ MAY_USE: dict[str, set[str]] = {
     "modeling.split_loss": {"torch", "torchmetrics"},
     "strategies": {"torch", "lightning"},
     "training": {"torch", "numpy", "lightning", "peft", "yaml"},
+    "inference": {"torch", "numpy", "tqdm"},
+    "inference.loading": {"torch", "peft"},
     "inspection": {"numpy"},
     "inspection.duplicates": {"numpy", "tqdm"},
     "inspection.policies": {"numpy", "tqdm"},
@@ -122,8 +125,8 @@ MAY_USE: dict[str, set[str]] = {
     "proof.verdict": {"torch"},
 }
 LAYERS: dict[str, set[str]] = {
-    "__main__": {"cli", "inspection", "proof", "errors", "redaction", "__init__"},
-    "__init__": {"data", "modeling", "training", "errors", "batch"},
+    "__main__": {"cli", "inference", "inspection", "proof", "errors", "redaction", "__init__"},
+    "__init__": {"data", "modeling", "training", "inference", "errors", "batch"},
     "errors": set(),
     "files": {"errors"},
     "redaction": set(),
@@ -136,6 +139,7 @@ LAYERS: dict[str, set[str]] = {
     "modeling": {"modeling", "errors", "batch", "files"},
     "strategies": {"strategies", "modeling", "errors"},
     "training": {"training", "modeling", "data", "errors", "batch", "files", "redaction"},
+    "inference": {"inference", "modeling", "data", "errors", "files"},
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
 }

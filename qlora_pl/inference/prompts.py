@@ -63,7 +63,7 @@ def read_prompts(
     prompts: list[Prompt] = []
     skipped: list[str] = []
     for number, (where, row) in enumerate(rows):
-        problem, conversation = _conversation(row, system)
+        problem, conversation = conversation_of(row, system)
         if conversation is not None:
             given = row if isinstance(row, Mapping) else {"prompt": row}
             prompts.append(Prompt(number, conversation, given, where))
@@ -128,8 +128,13 @@ def _parse_list(file: str, text: str) -> Iterable[Any]:
     return rows
 
 
-def _conversation(row: Any, system: str | None) -> tuple[str, Conversation | None]:
-    """What is wrong with a row, or what it asks."""
+def conversation_of(row: Any, system: str | None) -> tuple[str, Conversation | None]:
+    """What is wrong with a row, in a clause, or what it asks.
+
+    Args:
+        row: A question, or a mapping with one of ``FIELDS``.
+        system: A system message, if it has none.
+    """
     if isinstance(row, ValueError):
         return f"not JSON ({row})", None
     if isinstance(row, str):

@@ -6,6 +6,7 @@ Numbers say that a model changed; only an answer says into what.
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import append_synced, write_atomic
 from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.generation import generate_answers
+from qlora_pl.modeling.micro_batches import MicroBatchRunner
 from qlora_pl.modeling.sharding import is_shared
 from qlora_pl.training.run_logger import RunLogger
 from qlora_pl.training.stopping import is_told_to_stop
@@ -91,15 +93,20 @@ class SampleWriter(Callback):
         batch = collate_prompts(
             prompts, [""] * len(prompts), np.arange(len(prompts)), data.tokenizer.pad_token_id
         )
-        answers = generate_answers(
-            model,
-            data.tokenizer,
-            batch["input_ids"].to(pl_module.device),
-            batch["attention_mask"].to(pl_module.device),
-            data.encoder.stop_ids,
-            self.decoding,
-            should_stop=lambda: is_told_to_stop(trainer, together=is_shared(model)),
-        )
+
+        def answer(piece: Any) -> list[str]:
+            return generate_answers(
+                model,
+                data.tokenizer,
+                piece["input_ids"].to(pl_module.device),
+                piece["attention_mask"].to(pl_module.device),
+                data.encoder.stop_ids,
+                self.decoding,
+                should_stop=lambda: is_told_to_stop(trainer, together=is_shared(model)),
+            )
+
+        runner = cast(MicroBatchRunner, pl_module.runner)  # asks in pieces where memory asks for it
+        answers = list(chain.from_iterable(runner.evaluate(pl_module, batch, answer)))
         if is_told_to_stop(trainer, together=is_shared(model)):  # a resumed run asks again
             return
         self._asked_at = trainer.global_step

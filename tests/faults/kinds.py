@@ -146,7 +146,7 @@ def _clock(runs: Runs, passed: Passed, draw: random.Random) -> Outcome:
 def _clock_and_limit(runs: Runs, passed: Passed, draw: random.Random) -> Outcome:
     """The limit is reached by the jump; a start after it has the time for itself."""
     fault = passed.moment(draw, "jump", ["forward", "backward", "loading rows"], hours=3.0)
-    return prove(runs, fault, words=("--trainer.max_time", "00:01:00:00"))
+    return prove(runs, fault, words=("--trainer.max_time", "00:01:00:00"), says_more=True)
 
 
 def _out_of_memory(runs: Runs, passed: Passed, draw: random.Random) -> Outcome:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,20 @@ class Left:
     def differences(self, other: Left) -> list[str]:
         """Names of the parts that differ."""
         return [name for name in self.__dict__ if getattr(self, name) != getattr(other, name)]
+
+    def without(self, folders: Collection[str]) -> Left:
+        """Leaving out the weights of some adapter folders."""
+        adapters = {name: d for name, d in self.adapters.items() if name not in folders}
+        return replace(self, adapters=adapters)
+
+    def says_at_least(self, other: Left) -> bool:
+        """Whether history and samples hold all of another run's, and perhaps more at some step."""
+        if len(self.history) != len(other.history):
+            return False
+        ours = [value for row in self.history for value in row]
+        theirs = [value for row in other.history for value in row]
+        says_all = all(their in ("", our) for our, their in zip(ours, theirs, strict=True))
+        return says_all and set(self.samples.splitlines()) >= set(other.samples.splitlines())
 
 
 def experiment(base: Path, rows: Path) -> dict[str, Any]:
@@ -176,6 +191,7 @@ class Runs:
             adapters={
                 folder.name: _digest(folder / "adapter_model.safetensors")
                 for folder in sorted(run.glob("adapters/step-*"))
+                if (folder / "adapter_model.safetensors").is_file()
             },
             samples=(run / "samples.jsonl").read_text(),
             is_complete=metrics["is_complete"],

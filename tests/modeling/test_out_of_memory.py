@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from memory_runs import Plan, Shortage, Shortages, apart, find_layers, metrics, 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.errors import TrainingStoppedError
+from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.loss import causal_lm_loss, trained_weight
 from qlora_pl.modeling.out_of_memory import is_out_of_memory
 from qlora_pl.modeling.splitting import split_batch
+from qlora_pl.training.samples import SampleWriter
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 
@@ -322,6 +325,25 @@ def test_validation_batches_are_split_and_score_the_same(
     )
     assert split.runner.num_evaluation_pieces == 4
     assert "go through the model in 4 pieces instead of 2" in caplog.text
+
+
+def test_samples_are_asked_in_pieces_too_or_the_run_says_why_it_stops(
+    tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "data": {"val_size": 4, "eval_batch_size": 2},  # which fit
+        "trainer": {"max_steps": 1},
+    }
+    samples = partial(SampleWriter, num_prompts=4, decoding=DecodingConfig(max_new_tokens=4))
+    train(tmp_path / "whole", tiny_base, rows_file, samples(), **settings)
+    shortage = EvaluationShortage()
+    train(tmp_path / "split", tiny_base, rows_file, shortage, samples(), **settings)
+    whole, split = ((tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "split"))
+    assert split == whole
+    assert max(shortage.sizes) > 2
+    more = (EvaluationShortage(), samples())
+    with pytest.raises(TrainingStoppedError, match="out of memory"):
+        train(tmp_path / "stop", tiny_base, rows_file, *more, on_oom="stop", **settings)
 
 
 def test_the_weight_of_a_micro_batch_is_what_its_loss_is_divided_by(tiny_base: Path) -> None:
