@@ -50,21 +50,22 @@ class CastingMagnitude(nn.Module):
         weight = dequantized(base_layer)
         with torch.no_grad():  # section 4.3: the length of W + BA counts as a constant
             # Through the layers, as PEFT does: under FSDP their weights are whole only inside them.
-            eye = torch.eye(self._rows(weight).shape[1], device=weight.device)
+            eye = torch.eye(self.rows(weight).shape[1], device=weight.device)
             length = self.get_weight_norm(weight, lora_B(lora_A(eye)).t(), scaling)
         scale = self.weight / length
         if base_result is None:
-            base_result = functional.linear(x, self._rows(weight).to(x.dtype))
+            base_result = functional.linear(x, self.rows(weight).to(x.dtype))
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias
         return (scale - 1) * base_result + scale * lora_B(lora_A(x)) * scaling
 
     def get_weight_norm(self, weight: Tensor, lora_weight: Tensor, scaling: float) -> Tensor:
         """The length of each row of W + s BA, in float32 up to the last rounding, ``(out,)``."""
-        merged = self._rows(weight) + scaling * lora_weight.float()
+        merged = self.rows(weight) + scaling * lora_weight.float()
         return torch.linalg.vector_norm(merged, dim=1).to(self.weight.dtype)
 
-    def _rows(self, weight: Tensor) -> Tensor:
+    def rows(self, weight: Tensor) -> Tensor:
+        """A matrix with a row an output, however the base has it."""
         return weight.t() if self.fan_in_fan_out else weight
 
 

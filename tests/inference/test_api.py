@@ -37,7 +37,7 @@ def test_a_model_alone_and_several_adapters(adapter: Path, tiny_base: Path) -> N
 
 
 def test_mistakes_are_this_project_s_errors(adapter: Path) -> None:
-    with pytest.raises(ConfigurationError, match="no folder './nowhere'"):
+    with pytest.raises(ConfigurationError, match=r"no folder '\./nowhere'"):
         qlora_pl.load_adapter("./nowhere")
     model = qlora_pl.load_adapter(adapter)
     with pytest.raises(ConfigurationError, match="have no effect with do_sample: false"):

@@ -1,0 +1,1 @@
+"""An adapter and its base -> one model, and what that changed."""

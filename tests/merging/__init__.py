@@ -1,0 +1,1 @@
+"""Adapters that become part of their base."""
