@@ -25,6 +25,7 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "generate": "Answer prompts with an adapter folder, or with a model alone.",
+    "merge": "Put an adapter into its base, and measure what that changes.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
@@ -76,8 +77,8 @@ def main() -> int:
     try:
         if command in TRAINER_COMMANDS:
             return run_trainer_command()
-        if command == "generate":
-            return run_generate()
+        if command in ("generate", "merge"):
+            return run_with_adapter(command)
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
         fail(str(error))
@@ -107,11 +108,15 @@ def run_trainer_command() -> int:
     return 0
 
 
-def run_generate() -> int:
-    """Hand over to ``generate``, which needs no configuration of a run."""
+def run_with_adapter(command: str) -> int:
+    """Hand over to a command that needs an adapter folder, and no configuration of a run."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quieten()
+    if command == "merge":
+        from qlora_pl.merging.merge import merge_command
+
+        return merge_command(sys.argv[2:])
     from qlora_pl.inference.generate import generate_command
 
     return generate_command(sys.argv[2:])

@@ -116,6 +116,8 @@ MAY_USE: dict[str, set[str]] = {
     "training": {"torch", "numpy", "lightning", "peft", "yaml"},
     "inference": {"torch", "numpy", "tqdm"},
     "inference.loading": {"torch", "peft"},
+    "merging": {"torch", "numpy", "safetensors", "transformers"},
+    "merging.weights": {"torch", "bitsandbytes"},
     "inspection": {"numpy"},
     "inspection.duplicates": {"numpy", "tqdm"},
     "inspection.policies": {"numpy", "tqdm"},
@@ -125,7 +127,16 @@ MAY_USE: dict[str, set[str]] = {
     "proof.verdict": {"torch"},
 }
 LAYERS: dict[str, set[str]] = {
-    "__main__": {"cli", "inference", "inspection", "proof", "errors", "redaction", "__init__"},
+    "__main__": {
+        "cli",
+        "inference",
+        "inspection",
+        "merging",
+        "proof",
+        "errors",
+        "redaction",
+        "__init__",
+    },
     "__init__": {"data", "modeling", "training", "inference", "errors", "batch"},
     "errors": set(),
     "files": {"errors"},
@@ -140,6 +151,7 @@ LAYERS: dict[str, set[str]] = {
     "strategies": {"strategies", "modeling", "errors"},
     "training": {"training", "modeling", "data", "errors", "batch", "files", "redaction"},
     "inference": {"inference", "modeling", "data", "errors", "files"},
+    "merging": {"merging", "inference", "modeling", "data", "errors", "files"},
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
 }

@@ -98,6 +98,7 @@ def load(
     device: torch.device,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
+    is_exact: bool = False,
 ) -> Model:
     """Load base, adapters and tokenizer.
 
@@ -106,6 +107,7 @@ def load(
         device: Where the base goes.
         cache_dir: See ``cache_root``.
         trust_remote_code: Whether Python code beside the model may run.
+        is_exact: Whether it must compute as in training, without a kernel for inference.
 
     Raises:
         ConfigurationError: if the base is another than the adapter's, or cannot be loaded.
@@ -141,7 +143,7 @@ def load(
         model.set_adapter(next(iter(source.adapters)))  # type: ignore[operator]
     model.requires_grad_(False)
     model.eval()
-    if base.compute_dtype == torch.bfloat16 and not reads_base_weights(model):
+    if not is_exact and base.compute_dtype == torch.bfloat16 and not reads_base_weights(model):
         allow_inference_kernel(model)
     return Model(model, tokenizer, make_encoder(source, tokenizer, base.model), source, biases)
 
