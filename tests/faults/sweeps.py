@@ -77,7 +77,7 @@ class Sweep:
 
 
 def _killed(runs: Runs) -> Path:
-    """A run that was killed a step after a save was written whole; on a busy machine not each is."""
+    """A run that was killed a step after a whole save; on a busy machine not each one is."""
     for _ in range(50):
         place = runs.new_workplace()
         killed = runs.run(place, Fault(action="kill", moment="step", occurrence=KILLED_AFTER))
