@@ -25,6 +25,7 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "generate": "Answer prompts with an adapter folder, or with a model alone.",
+    "chat": "Talk to an adapter, or to a model alone, in the terminal.",
     "merge": "Put an adapter into its base, and measure what that changes.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
@@ -77,7 +78,7 @@ def main() -> int:
     try:
         if command in TRAINER_COMMANDS:
             return run_trainer_command()
-        if command in ("generate", "merge"):
+        if command in ("generate", "chat", "merge"):
             return run_with_adapter(command)
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
@@ -117,6 +118,10 @@ def run_with_adapter(command: str) -> int:
         from qlora_pl.merging.merge import merge_command
 
         return merge_command(sys.argv[2:])
+    if command == "chat":
+        from qlora_pl.inference.chat import chat_command
+
+        return chat_command(sys.argv[2:])
     from qlora_pl.inference.generate import generate_command
 
     return generate_command(sys.argv[2:])
