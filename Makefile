@@ -25,10 +25,10 @@ quickstart: $(VENV)/quickstart.done  ## install, prepare a small model, train it
 	@$(BIN)/python -m qlora_pl.quickstart report runs/quickstart
 
 test: $(VENV)/dev.done  ## all tests but the slow ones and those that need a GPU (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/dev.done  ## the slow ones too
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/dev.done  ## those that need a GPU
 	$(BIN)/python -m pytest -m gpu

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from slow_cases import is_slow_case
+from slow_cases import comes_first, is_slow_case
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,10 +32,11 @@ PAGE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what stands for itself in a longer run only."""
+    """Mark what stands for itself in a longer run only; long files come first."""
     for item in items:
         if is_slow_case(item.nodeid):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not comes_first(item.nodeid))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,6 @@
-"""Cases that are marked slow by name: of tests with many alike, a few stand for the others.
+"""What keeps ``make test`` short: cases that are marked slow by name, and files that begin first.
 
-So that ``make test`` stays short. ``make test-all`` runs every case.
+Of tests with many cases alike a few stand for the others; ``make test-all`` runs every case.
 """
 
 from __future__ import annotations
@@ -27,9 +27,29 @@ SLOW_CASES = (
 )
 """Regular expressions, searched in node ids."""
 
+FIRST = (
+    "strategies/test_ddp.py",
+    "strategies/test_equality.py",
+    "test_exact_gradients_in_runs.py",
+    "faults/test_some.py",
+    "test_notebook.py",
+    "test_end_to_end.py",
+    "modeling/test_sharded_optimizer.py",
+    "training/test_lost_ranks.py",
+    "test_gpu_checks.py",
+    "data/test_sharing.py",
+    "data/test_windows.py",
+)
+"""Files of few tests that take long: begun last, they would leave the other worker without work."""
+
 _ANY = re.compile("|".join(SLOW_CASES))
 
 
 def is_slow_case(node_id: str) -> bool:
     """Whether a test is left to ``make test-all``."""
     return _ANY.search(node_id) is not None
+
+
+def comes_first(node_id: str) -> bool:
+    """Whether a test is of one of ``FIRST``."""
+    return any(f"{name}::" in node_id for name in FIRST)
