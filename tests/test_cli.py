@@ -66,8 +66,8 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "command": (("fti",), "no command is called 'fti'; did you mean 'fit'?"),
     "unknown command": (
         ("deploy",),
-        "no command is called 'deploy' (there are fit, validate, test, predict, inspect, "
-        "prove-resume).",
+        "no command is called 'deploy' (there are fit, validate, test, predict, generate, chat, "
+        "merge, inspect, prove-resume).",
     ),
     "key": (
         (*FIT, "--model.lora.rank", "4"),
