@@ -113,7 +113,7 @@ def score(model: Any, rows: list[ScoredRow], reference: Path) -> Score:
         rows: See ``held_out_rows``.
         reference: From ``write_reference``.
     """
-    kept = np.load(reference, mmap_mode="r")
+    kept = np.lib.format.open_memmap(reference, mode="r")
     sums = torch.zeros(4, dtype=torch.float64)
     done = 0
     for row, own in zip(rows, log_probabilities(model, rows), strict=True):
