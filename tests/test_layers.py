@@ -115,7 +115,7 @@ MAY_USE: dict[str, set[str]] = {
     "strategies": {"torch", "lightning"},
     "training": {"torch", "numpy", "lightning", "peft", "yaml"},
     "inference": {"torch", "numpy", "tqdm"},
-    "inference.loading": {"torch", "peft"},
+    "inference.loading": {"torch", "peft", "bitsandbytes"},
     "merging": {"torch", "numpy", "safetensors", "transformers"},
     "merging.weights": {"torch", "bitsandbytes"},
     "inspection": {"numpy"},

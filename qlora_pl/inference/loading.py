@@ -273,6 +273,9 @@ def allow_inference_kernel(model: nn.Module) -> None:
     0.3 %), whatever the products' type: so it is never trained, merged or saved, and products in
     float32 are left alone.
     """
+    from bitsandbytes.functional import has_avx512bf16  # slow to import
+
+    can_repack = has_avx512bf16()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = type(module)(64, 64).support_avx512bf16_for_cpu
+            module.support_avx512bf16_for_cpu = can_repack

@@ -6,7 +6,7 @@ A folder of this project says everything; of the others, what is not said is a s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,10 +51,6 @@ class ModelChoice:
     bits, over which the adapter was not trained."""
     template: str | None = None
     """Turns questions into prompts, where no adapter folder says it: a name or a file of Jinja."""
-    devices: str = "one"
-    """one: the first GPU, or the CPU. auto: a 4-bit base over all GPUs, the rest on the CPU."""
-    max_memory: str | None = None
-    """With devices auto, what each GPU may hold of the model, such as 20GiB."""
     trust_remote_code: bool = False
     """Whether Python code that lies beside a model may run."""
     cache_dir: str | None = None
@@ -79,10 +75,6 @@ class ModelChoice:
                 f"--precision: '{self.precision}' is not known"
                 f"{did_you_mean(self.precision, PRECISIONS)}"
             )
-        if self.devices not in ("one", "auto"):
-            problems.append(f"--devices: one or auto, got '{self.devices}'.")
-        if self.max_memory is not None and self.devices != "auto":
-            problems.append("--max-memory: has no effect without --devices auto; add it.")
         is_file = Path(self.template or "").suffix in JINJA_SUFFIXES
         if self.template is not None and not is_file and self.template not in TEMPLATES:
             problems.append(
@@ -99,21 +91,21 @@ class ModelSource:
 
     base: str
     revision: str | None
-    weights: str | None
-    """The base's fingerprint in training; None: nobody knows."""
-    adapters: dict[str, Path]
-    """Folders by name, the first of which is in use."""
     quantization: QuantizationConfig
     template: str | Mapping[str, Any]
-    encoder: str
-    """The class of the encoder that made its training rows."""
     tokenizer: str
     """A folder or a name on the Hub."""
-    vocabulary_size: int | None
-    lora_dtype: str
+    adapters: dict[str, Path] = field(default_factory=dict)
+    """Folders by name, the first of which is in use."""
+    weights: str | None = None
+    """The base's fingerprint in training; None: nobody knows."""
+    encoder: str = "Encoder"
+    """The class of the encoder that made its training rows."""
+    vocabulary_size: int | None = None
+    lora_dtype: str = "float32"
     """What adapters are kept in."""
-    manifest: AdapterManifest | None
-    assumed: tuple[str, ...] = field(default=())
+    manifest: AdapterManifest | None = None
+    assumed: tuple[str, ...] = ()
     """What no file says and was taken for granted, one clause each."""
 
 
@@ -136,7 +128,7 @@ def resolve_source(choice: ModelChoice) -> ModelSource:
                     f"--adapter: '{name}' has another {part} than '{next(iter(folders))}' "
                     f"({getattr(other, part)} and {getattr(first, part)}); ask one at a time."
                 )
-    return ModelSource(**{**first.__dict__, "adapters": folders})
+    return replace(first, adapters=folders)
 
 
 def _named_folders(words: Sequence[str]) -> dict[str, Path]:
@@ -190,17 +182,11 @@ def _of_adapter(choice: ModelChoice, folder: Path) -> ModelSource:
     return ModelSource(
         base=named,
         revision=choice.revision or config.get("revision"),
-        weights=None,
-        adapters={DEFAULT_NAME: folder},
         quantization=_quantization(
             choice, QuantizationConfig(quant_type=choice.quantization or "nf4")
         ),
         template=choice.template or "auto",
-        encoder="Encoder",
         tokenizer=str(folder) if has_tokenizer else named,
-        vocabulary_size=None,
-        lora_dtype="float32",
-        manifest=None,
         assumed=tuple(assumed),
     )
 
@@ -209,32 +195,19 @@ def _of_model(choice: ModelChoice, name: str) -> ModelSource:
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
         raise ConfigurationError(f"--model: '{name}' is an adapter; name it with --adapter.")
+    quantization = _quantization(
+        choice, QuantizationConfig(quant_type=choice.quantization or "none")
+    )
     if (folder / "manifest.json").is_file():
-        manifest = read_adapter_folder(folder)
-        source = _of_manifest(choice, manifest, name, name)
-        quantization = QuantizationConfig(quant_type=choice.quantization or "none")
-        return ModelSource(
-            **{
-                **source.__dict__,
-                "weights": None,  # the manifest's are those that training began with
-                "revision": None,
-                "quantization": _quantization(choice, quantization),
-                "adapters": {},
-            }
-        )
-    quantization = QuantizationConfig(quant_type=choice.quantization or "none")
+        source = _of_manifest(choice, read_adapter_folder(folder), name, name)
+        # The manifest's fingerprint is of what training began with.
+        return replace(source, weights=None, revision=None, quantization=quantization)
     return ModelSource(
         base=name,
         revision=choice.revision,
-        weights=None,
-        adapters={},
-        quantization=_quantization(choice, quantization),
+        quantization=quantization,
         template=choice.template or "auto",
-        encoder="Encoder",
         tokenizer=name,
-        vocabulary_size=None,
-        lora_dtype="float32",
-        manifest=None,
         assumed=() if choice.template else (ASSUMED_TEMPLATE,),
     )
 
@@ -255,7 +228,6 @@ def _of_manifest(
         base=base,
         revision=manifest.base["revision"],
         weights=manifest.base["weights"],
-        adapters={},
         quantization=_quantization(choice, quantization),
         template=choice.template or definition or manifest.template,
         encoder=manifest.encoding.get("encoder", "Encoder"),

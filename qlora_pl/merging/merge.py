@@ -103,6 +103,8 @@ def merge(choice: ModelChoice, options: MergeOptions) -> str:
     identity = identify_base(source.base, source.revision, choice.cache_dir)
     (folder,) = source.adapters.values()
     rows = held_out_rows(folder, options.score_tokens) if options.score_tokens else []
+    if source.manifest is not None and "Seq2Seq" in source.manifest.auto_class:
+        rows = []  # of pairs, whose source and target lie in one array
     policies = _policies(options, rows)
     dtype = getattr(torch, options.dtype)
     refuse_full_disk(output.parent, source, identity, dtype, len(policies))
@@ -111,8 +113,9 @@ def merge(choice: ModelChoice, options: MergeOptions) -> str:
         if rows:
             _ask_the_trained(source, rows, reference, choice)
         scores: dict[str, Score] = {}
+        weights = MergedWeights(source, identity, choice.trust_remote_code)
         for policy in policies:
-            _write(source, identity, policy, dtype, place / policy, choice)
+            _write(weights, source, policy, dtype, place / policy, choice)
             if rows:
                 scores[policy] = _score(place / policy, rows, reference, source, dtype)
         kept = min(scores, key=lambda name: scores[name].kl_divergence) if scores else policies[0]
@@ -132,8 +135,8 @@ def _policies(options: MergeOptions, rows: list[ScoredRow]) -> list[Policy]:
     if rows:
         return list(POLICIES)
     logger.warning(
-        "There are no held-out rows to score with, so the adapter is merged onto the 4-bit base, "
-        "over which it was trained."
+        "There are no held-out rows to score with, so nothing is scored, and the adapter is merged "
+        "onto the 4-bit base, over which it was trained."
     )
     return ["dequantized"]
 
@@ -173,8 +176,8 @@ def _ask_the_trained(
 
 
 def _write(
+    weights: MergedWeights,
     source: ModelSource,
-    identity: BaseIdentity,
     policy: Policy,
     dtype: torch.dtype,
     folder: Path,
@@ -182,7 +185,6 @@ def _write(
 ) -> None:
     from qlora_pl.data.encoding.tokenizer import load_tokenizer
 
-    weights = MergedWeights(source, identity, choice.trust_remote_code)
     folder.mkdir()
     size = bytes_of(dtype)
     files = plan_shards([(name, number * size) for name, number in weights.sizes()])

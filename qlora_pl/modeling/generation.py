@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qlora_pl.batch import PromptBatch
 from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
 from qlora_pl.modeling.evaluation_mode import evaluation_mode
 from qlora_pl.modeling.row_logits import RowLimits, RowLogits, generator_of
 from qlora_pl.modeling.sharding import is_shared
@@ -100,7 +101,7 @@ def answer_batch(
             for place in range(len(input_ids))
         ]
     num_padded = (attention_mask == 0).sum(dim=1).tolist()
-    is_pair = bool(_config_of(model).is_encoder_decoder)
+    is_pair = is_encoder_decoder(model)
     num_given = 1 if is_pair else input_ids.shape[1]
     lengths = [0 if is_pair else num_given - padding for padding in num_padded]
     limits = [_limit(config, length, context_of(model)) for length in lengths]
@@ -154,7 +155,7 @@ def _generate(
 
     generation = GenerationConfig(
         **config.for_transformers(),
-        decoder_start_token_id=getattr(_config_of(model), "decoder_start_token_id", None),
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
         eos_token_id=sorted(stop_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -179,13 +180,9 @@ def _row(input_ids: Tensor, attention_mask: Tensor, place: int) -> tuple[Tensor,
     return input_ids[one, first:], attention_mask[one, first:]
 
 
-def _config_of(model: Any) -> Any:
-    return model.config
-
-
 def context_of(model: Any) -> int | None:
     """Tokens that a model can read; None: as many as there is memory for."""
-    config = _config_of(model)
+    config = model.config
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import pytest
 import torch
 from adapter_runs import fit
 from conftest import save_base
+from typed import type_words
 
-from qlora_pl.__main__ import main
 from qlora_pl.inference.loading import Model, load
 from qlora_pl.inference.source import ModelChoice, resolve_source
 
@@ -57,14 +56,8 @@ def type_in(
     monkeypatch.chdir(tmp_path / "work")
 
     def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qlora-pl", *map(str, words)])
-        capsys.readouterr()
         caplog.clear()
-        try:
-            code = main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err + caplog.text
+        code, out, said = type_words(monkeypatch, capsys, *words)
+        return code, out, said + caplog.text
 
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,9 +145,3 @@ def test_an_answer_is_cut_where_somebody_says_stop(model: Model) -> None:
     found = list(asked.answers(prompts(), ("adapter",), should_stop=lambda: next(count) > 3))
     assert {a.stop_reason for a in found} <= {"interrupted", "stop_token"}
     assert all(a.answer_tokens <= 6 for a in found)
-
-
-def test_the_adapter_file_is_not_changed(model: Model, adapter: Path) -> None:
-    from qlora_pl.modeling.adapter_folder import read_adapter_folder
-
-    read_adapter_folder(adapter)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import fit
+from families import Saver
 from torch.nn import functional
+from typed import type_words
 
-from qlora_pl.__main__ import main
 from qlora_pl.merging.scoring import ScoredRow, held_out_rows, score, write_reference
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process
@@ -39,14 +39,7 @@ def type_in(
     monkeypatch.chdir(tmp_path / "work")
 
     def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qlora-pl", *map(str, words)])
-        capsys.readouterr()
-        try:
-            code = main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
+        return type_words(monkeypatch, capsys, *words)
 
     return run
 
@@ -144,6 +137,18 @@ def test_without_rows_the_trained_base_is_merged_onto_and_that_is_said(
     assert code == 0
     assert "Merged onto the dequantized base; nothing was scored." in out
     assert "no held-out rows to score with" in caplog.text
+
+
+def test_pairs_are_merged_and_not_scored(
+    type_in: Type, saved: Saver, rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their source and target lie in one array, of which nothing says where the target begins."""
+    fit(tmp_path / "run", saved("T5"), rows_file, r=4)
+    code, out, _ = type_in("merge", "--adapter", tmp_path / "run/adapter", "--output", "merged")
+    assert code == 0
+    assert "nothing was scored" in out
+    assert "so nothing is scored" in caplog.text
+    assert json.loads(Path("merged/merge.json").read_text())["scores"] == {}
 
 
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+from typed import type_words
 
-from qlora_pl.__main__ import main
 from security.attempts import Type
 
 
@@ -28,13 +27,7 @@ def type_in(
     monkeypatch.setattr("builtins.input", lambda *_: "y")
 
     def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["qlora-pl", *map(str, words)])
-        capsys.readouterr()
-        try:
-            code = main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.err
+        code, _, said = type_words(monkeypatch, capsys, *words)
+        return code, said
 
     return run

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from typed import type_words
 
-from qlora_pl.__main__ import main
 from qlora_pl.redaction import (
     REDACTED,
     RedactingFormatter,
@@ -67,14 +67,8 @@ def type_in(
     """Types a command; its exit code, and everything it printed."""
 
     def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["qlora-pl", *map(str, words)])
-        capfd.readouterr()
-        try:
-            code = main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        printed = capfd.readouterr()
-        return code, printed.out + printed.err
+        code, out, said = type_words(monkeypatch, capfd, *words)
+        return code, out + said
 
     return run
 
