@@ -119,7 +119,7 @@ def run_with_adapter(command: str) -> int:
 
         return merge_command(sys.argv[2:])
     if command == "chat":
-        from qlora_pl.inference.chat import chat_command
+        from qlora_pl.chat.command import chat_command
 
         return chat_command(sys.argv[2:])
     from qlora_pl.inference.generate import generate_command

@@ -116,6 +116,7 @@ MAY_USE: dict[str, set[str]] = {
     "training": {"torch", "numpy", "lightning", "peft", "yaml"},
     "inference": {"torch", "numpy", "tqdm"},
     "inference.loading": {"torch", "peft", "bitsandbytes"},
+    "chat": {"torch"},
     "merging": {"torch", "numpy", "safetensors", "transformers"},
     "merging.weights": {"torch", "bitsandbytes"},
     "inspection": {"numpy"},
@@ -129,6 +130,7 @@ MAY_USE: dict[str, set[str]] = {
 LAYERS: dict[str, set[str]] = {
     "__main__": {
         "cli",
+        "chat",
         "inference",
         "inspection",
         "merging",
@@ -151,6 +153,7 @@ LAYERS: dict[str, set[str]] = {
     "strategies": {"strategies", "modeling", "errors"},
     "training": {"training", "modeling", "data", "errors", "batch", "files", "redaction"},
     "inference": {"inference", "modeling", "data", "errors", "files"},
+    "chat": {"chat", "inference", "modeling", "data", "errors", "files"},
     "merging": {"merging", "inference", "modeling", "data", "errors", "files"},
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from inference.conftest import Type
+from trained import Type
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from trained import Type
 
-from inference.conftest import Type
+from qlora_pl.chat import terminal
+from qlora_pl.chat.conversing import Chat
+from qlora_pl.chat.streaming import TextStream, held_back
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import DatasetFormatError
-from qlora_pl.inference import chat as terminal
-from qlora_pl.inference.conversing import Chat
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.source import BASE
-from qlora_pl.inference.streaming import TextStream, held_back
 from qlora_pl.modeling.decoding import DecodingConfig
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # a run happens in this process

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from qlora_pl.chat.streaming import TextStream
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import DatasetFormatError
 from qlora_pl.files import write_atomic
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.source import BASE
-from qlora_pl.inference.streaming import TextStream
 from qlora_pl.modeling.decoding import DecodingConfig
 from qlora_pl.modeling.generation import RowAnswer, answer_batch, context_of
 

@@ -1,69 +1,24 @@
-"""``qlora-pl chat``: a conversation in the terminal."""
+"""A conversation in the terminal: what is typed is asked or obeyed."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_pl.errors import ConfigurationError, QLoRAError
-from qlora_pl.inference.flags import Flags
-from qlora_pl.inference.source import BASE, ModelChoice, resolve_source
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.errors import QLoRAError
+from qlora_pl.inference.source import BASE
 
-DESCRIPTION = """Talk to an adapter (or a model alone), through the template it was trained with.
-Ctrl-C stops an answer, Ctrl-D or /exit ends the conversation."""
 HELP = """/reset         forget what was said
 /system TEXT   another system message; without a text: none
 /retry         the last answer once more
 /adapter NAME  who answers: an adapter's name, or base
 /save FILE     write the conversation as a line of JSON
 /exit          leave"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatOptions:
-    """How the conversation goes."""
-
-    system: str | None = None
-    """A system message."""
-
-
-def chat_command(words: Sequence[str]) -> int:
-    """Run the command with the words that follow ``chat``.
-
-    Raises:
-        QLoRAError: for a mistake in words or folders.
-    """
-    parser = Flags("chat", DESCRIPTION)
-    parser.add_settings(ModelChoice, "which model answers")
-    parser.add_settings(ChatOptions, "how the conversation goes")
-    parser.add_settings(DecodingConfig, "how answers are drawn")
-    given = parser.parse(words)
-    choice = ModelChoice(**parser.settings(ModelChoice, given))
-    decoding = DecodingConfig(**parser.settings(DecodingConfig, given))
-    options = ChatOptions(**parser.settings(ChatOptions, given))
-    if decoding.num_beams > 1:
-        raise ConfigurationError(
-            "--num-beams: a beam search knows its answer only at the end, and a chat shows it as "
-            "it comes; leave it out."
-        )
-    # Imported here: a mistake in the flags is told at once.
-    from qlora_pl.inference.conversing import Chat
-    from qlora_pl.inference.loading import load
-    from qlora_pl.inference.machine import best_device
-
-    source = resolve_source(choice)
-    for assumed in source.assumed:
-        print(f"No file says it, so this is assumed: {assumed}.", file=sys.stderr)
-    model = load(source, best_device(), choice.cache_dir, choice.trust_remote_code)
-    name = next(iter(model.adapters), BASE)
-    return talk(Chat(model, decoding, name, options.system))
 
 
 def talk(chat: Any) -> int:
