@@ -119,6 +119,8 @@ MAY_USE: dict[str, set[str]] = {
     "chat": {"torch"},
     "merging": {"torch", "numpy", "safetensors", "transformers"},
     "merging.weights": {"torch", "bitsandbytes"},
+    "exporting": {"torch", "numpy", "safetensors"},
+    "exporting.plain_adapter": {"torch", "peft", "safetensors"},
     "inspection": {"numpy"},
     "inspection.duplicates": {"numpy", "tqdm"},
     "inspection.policies": {"numpy", "tqdm"},
@@ -131,6 +133,7 @@ LAYERS: dict[str, set[str]] = {
     "__main__": {
         "cli",
         "chat",
+        "exporting",
         "inference",
         "inspection",
         "merging",
@@ -155,6 +158,7 @@ LAYERS: dict[str, set[str]] = {
     "inference": {"inference", "modeling", "data", "errors", "files"},
     "chat": {"chat", "inference", "modeling", "data", "errors", "files"},
     "merging": {"merging", "inference", "modeling", "data", "errors", "files"},
+    "exporting": {"exporting", "merging", "inference", "modeling", "data", "errors", "files"},
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
 }
