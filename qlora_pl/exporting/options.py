@@ -41,6 +41,16 @@ class ExportOptions:
     is advised against."""
     force: bool = False
     """Merge all the same."""
+    repo: str | None = None
+    """For hub: the repository, as OWNER/NAME; made if there is none."""
+    private: bool = True
+    """For hub: whether nobody else sees it."""
+    base_repo: str | None = None
+    """For hub: what the base is called there, where training read it from a folder."""
+    held_out: bool = False
+    """For hub: push the held-out rows as well, which are rows of your data."""
+    yes: bool = False
+    """For hub: push without asking."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -52,5 +62,8 @@ class ExportOptions:
             problems.append(f"--score-tokens: must be 0 or more, got {self.score_tokens}.")
         if self.threshold <= 0:
             problems.append(f"--threshold: must be above 0, got {self.threshold}.")
+        for_hub = {"repo": self.repo, "base-repo": self.base_repo, "yes": self.yes or None}
+        for flag in [name for name, value in for_hub.items() if value and self.to != "hub"]:
+            problems.append(f"--{flag}: is for --to hub; leave it out.")
         if problems:
             raise ConfigurationError(problems)

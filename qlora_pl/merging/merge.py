@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import torch
 
+from qlora_pl.data.encoding.served_template import served_tokenizer
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.files import atomic_folder, write_json
 from qlora_pl.inference.flags import Flags
-from qlora_pl.inference.loading import load
+from qlora_pl.inference.loading import load, load_encoder
 from qlora_pl.inference.machine import best_device
 from qlora_pl.inference.source import ModelChoice, ModelSource, resolve_source
 from qlora_pl.merging.scoring import (
@@ -183,8 +184,6 @@ def _write(
     folder: Path,
     choice: ModelChoice,
 ) -> None:
-    from qlora_pl.data.encoding.tokenizer import load_tokenizer
-
     folder.mkdir()
     size = bytes_of(dtype)
     files = plan_shards([(name, number * size) for name, number in weights.sizes()])
@@ -196,7 +195,8 @@ def _write(
     if source.manifest is not None and source.manifest.stop_token_ids:
         generation.eos_token_id = source.manifest.stop_token_ids  # where training ended answers
     generation.save_pretrained(folder)
-    load_tokenizer(source.tokenizer, source.revision, choice.cache_dir).save_pretrained(folder)
+    encoder = load_encoder(source, choice.cache_dir)
+    served_tokenizer(encoder).save_pretrained(folder)  # whose chat template is that of training
 
 
 def _score(

@@ -63,13 +63,14 @@ def test_the_better_policy_is_kept_and_loads_in_plain_transformers(
     assert model.dtype == torch.bfloat16
     assert model.generation_config.eos_token_id == [2]
     tokenizer = AutoTokenizer.from_pretrained("merged")
-    assert tokenizer.chat_template
+    asked = [{"role": "user", "content": "How many legs?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.decode(ids) == "<s>### Human: How many legs?### Assistant:"  # as trained
     left = sorted(path.name for path in Path("merged").iterdir())
     assert not [name for name in left if name.startswith(("reference", "original", "dequantized"))]
     assert [path.name for path in Path().iterdir()] == ["merged"]
     code, answer, _ = type_in(
-        *("generate", "--model", "merged", "--template", "guanaco", "--prompt", "How many legs?"),
-        *("--max-new-tokens", "4"),
+        *("generate", "--model", "merged", "--prompt", "How many legs?", "--max-new-tokens", "4"),
     )
     assert code == 0
     _, trained, _ = type_in(
