@@ -1,1 +1,1 @@
-"""What other engines are given."""
+"""What was trained, as other engines read it."""

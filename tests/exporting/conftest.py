@@ -1,7 +1,5 @@
 """The trained adapter that is exported."""
 
-from __future__ import annotations
+from trained import adapter, other_base, run, type_in
 
-from trained import adapter, model, run, type_in
-
-__all__ = ["adapter", "model", "run", "type_in"]
+__all__ = ["adapter", "other_base", "run", "type_in"]
