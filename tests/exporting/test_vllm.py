@@ -67,10 +67,8 @@ def test_an_adapter_is_served_over_16_and_over_4_bits(
 def test_the_files_are_those_that_the_command_names(
     served: tuple[str, list[list[str]]], adapter: Path
 ):
-    mine, theirs = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (Path("served/adapter"), adapter)
-    )
+    mine = load_file("served/adapter/adapter_model.safetensors")
+    theirs = load_file(adapter / "adapter_model.safetensors")
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name].float()) for name in mine)
     config = json.loads(Path("served/adapter/adapter_config.json").read_text())
