@@ -20,6 +20,13 @@ from qlora_pl.exporting.distance import (
     in_words,
     refuse_packed_base,
 )
+from qlora_pl.exporting.gguf_file import (
+    complete,
+    lacks_scores,
+    need_packages,
+    refuse_incomplete_adapter,
+    stop_ids,
+)
 from qlora_pl.exporting.options import ExportOptions
 from qlora_pl.exporting.plain_adapter import PlainAdapter, plain_adapter
 from qlora_pl.files import atomic_folder, write_atomic, write_json
@@ -88,19 +95,23 @@ def _write_model(
     source: ModelSource, choice: ModelChoice, options: ExportOptions, place: Path, final: Path
 ) -> GGUFExport:
     converter = _converter(llama_cpp.MODEL_CONVERTER, options)
-    texts, record = [], {"form": "merged", "outtype": options.outtype}
+    texts = []
+    trained = source.manifest.stop_token_ids if source.manifest else []
+    refuse_unscored(source, options)
     if source.adapters:
         folder, shown = place / MERGED_FOLDER, final / MERGED_FOLDER
         texts.append(_merge(choice, options, folder))
     else:
         folder = shown = locate_base(source.base, source.revision, choice.cache_dir)
         refuse_packed_base(folder, source.base)
+    stops = stop_ids(folder, trained)
     words = llama_cpp.model_words(converter, shown, final / MODEL_FILE, options.outtype)
     if options.convert:
         llama_cpp.convert(
             llama_cpp.model_words(converter, folder, place / MODEL_FILE, options.outtype),
             place / MODEL_FILE,
         )
+        complete(place / MODEL_FILE, folder, stops)
         if source.adapters:
             shutil.rmtree(folder)
     return GGUFExport(
@@ -108,7 +119,7 @@ def _write_model(
         command=llama_cpp.command_line(words),
         is_converted=options.convert,
         texts=texts,
-        record=record,
+        record={"form": "merged", "outtype": options.outtype, "stop_token_ids": stops},
     )
 
 
@@ -142,6 +153,7 @@ def _write_adapter(
             llama_cpp.adapter_words(converter, folder, base, place / ADAPTER_FILE),
             place / ADAPTER_FILE,
         )
+        refuse_incomplete_adapter(place / ADAPTER_FILE, len(plain.tensors) // 2)
         shutil.rmtree(folder)
     found = distance_over_16_bits(source, choice, options.score_tokens, place)
     texts = [in_words(found, options.threshold)]
@@ -165,6 +177,19 @@ def _write_adapter(
     )
 
 
+def refuse_unscored(source: ModelSource, options: ExportOptions) -> None:
+    """A command that would make a file of another tokenizer is not printed.
+
+    Raises:
+        ConfigurationError: if the converter's file has to be put right.
+    """
+    if not options.convert and lacks_scores(Path(source.tokenizer).expanduser()):
+        raise ConfigurationError(
+            f"--convert: is needed for '{source.base}', whose vocabulary llama.cpp's converter "
+            "alone gives no scores, so that texts would come out in other tokens."
+        )
+
+
 def refuse_transposed(plain: PlainAdapter) -> None:
     """GPT-2 keeps its matrices the other way round; the adapter's converter turns A and B about.
 
@@ -180,6 +205,7 @@ def refuse_transposed(plain: PlainAdapter) -> None:
 
 def _converter(name: str, options: ExportOptions) -> Path | None:
     if options.convert:
+        need_packages()
         return llama_cpp.need_converter(name, options.llama_cpp)
     return llama_cpp.find_converter(name, options.llama_cpp)
 
