@@ -148,26 +148,27 @@ def _name_the_base(place: Path, options: ExportOptions) -> None:
     Raises:
         ConfigurationError: if it has none.
     """
-    config, manifest, card = (
-        place / name for name in ("adapter_config.json", "manifest.json", "README.md")
-    )
-    said = _json(config).get("base_model_name_or_path") or _json(manifest).get("base", {}).get(
-        "name"
-    )
-    if not said or not (os.path.isabs(said) or Path(said).is_dir()):
+    said = _base_named(place)
+    if said is None or not (os.path.isabs(said) or Path(said).is_dir()):
         return
     if options.base_repo is None:
         raise ConfigurationError(
             f"--base-repo: the base was read from '{said}', where nobody else finds it; say what "
             "it is called on the Hub."
         )
-    if config.is_file():
-        write_json(config, _json(config) | {"base_model_name_or_path": options.base_repo})
-    if manifest.is_file():
-        whole = _json(manifest)
-        write_json(manifest, whole | {"base": whole["base"] | {"name": options.base_repo}})
-    if card.is_file():
-        write_atomic(card, card.read_text(encoding="utf-8").replace(said, options.base_repo))
+    for name in (*RECORDS, "adapter_config.json", "merge.json", "config.json"):
+        path = place / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8").replace(json.dumps(said)[1:-1], said)
+            write_atomic(path, text.replace(said, options.base_repo))
+
+
+def _base_named(place: Path) -> str | None:
+    """What a folder calls its base, whatever kind of folder it is."""
+    named = _json(place / "adapter_config.json").get("base_model_name_or_path")
+    for record in ("manifest.json", "merge.json"):
+        named = named or (_json(place / record).get("base") or {}).get("name")
+    return None if named is None else str(named)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -281,7 +282,7 @@ def push(api: Any, folder: Path, names: list[str], options: ExportOptions) -> st
     except (HfHubHTTPError, HFValidationError) as error:
         reason = redact(" ".join(str(error).split())).rstrip(".")
         raise ConfigurationError(f"--repo: the Hub refuses '{repo}' ({reason}).") from error
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # the last: a file's upload
         raise HardwareError(
             f"--to: the Hub cannot be reached ({redact(str(error))}); what would be pushed lies in "
             f"'{folder}'."

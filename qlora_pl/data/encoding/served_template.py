@@ -137,6 +137,8 @@ def served_chat_template(encoder: Encoder) -> str:
     if encoder.is_paired:
         raise ConfigurationError("questions and answers are pairs, which no chat template renders")
     examples, _ = comparable(encoder, EXAMPLES)
+    if not examples:
+        raise ConfigurationError("the template refuses every example")
     found = None
     for source in _candidates(encoder, examples):
         served = chat_template_ids(encoder.tokenizer, source)
@@ -160,7 +162,8 @@ def _candidates(encoder: Encoder, examples: Mapping[str, Conversation]) -> Itera
         source = encoder.template.definition()["jinja"]
         for token, has_space in beginnings:
             written = f"{token} " if has_space else token
-            yield f"{{{{- {json.dumps(written)} -}}}}{source}" if written else source
+            literal = json.dumps(written, ensure_ascii=False)
+            yield f"{{{{- {literal} -}}}}{source}" if written else source
         return
     joints = encoder_joints(encoder)
     for token, has_space in beginnings:
@@ -178,7 +181,7 @@ def served_tokenizer(encoder: Encoder) -> Any:
         return tokenizer
     try:
         source: str | None = served_chat_template(encoder)
-    except ConfigurationError as error:
+    except Exception as error:  # a template's code may raise anything, and must not end a run
         logger.warning("The tokenizer is saved without a chat template: %s", error)
         source = None
     others = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
