@@ -27,9 +27,11 @@ from qlora_pl.exporting.gguf_file import (
     refuse_incomplete_adapter,
     stop_ids,
 )
+from qlora_pl.exporting.llama_tokens import compare_with_llama_cpp
 from qlora_pl.exporting.options import ExportOptions
 from qlora_pl.exporting.plain_adapter import PlainAdapter, plain_adapter
 from qlora_pl.files import atomic_folder, write_atomic, write_json
+from qlora_pl.inference.loading import load_encoder
 from qlora_pl.inference.source import ModelChoice, ModelSource
 from qlora_pl.modeling.identity import locate_base
 
@@ -112,6 +114,9 @@ def _write_model(
             place / MODEL_FILE,
         )
         complete(place / MODEL_FILE, folder, stops)
+        encoder = load_encoder(source, choice.cache_dir)
+        adapter = next(iter(source.adapters.values()), None)
+        texts.append(compare_with_llama_cpp(place / MODEL_FILE, encoder, adapter))
         if source.adapters:
             shutil.rmtree(folder)
     return GGUFExport(

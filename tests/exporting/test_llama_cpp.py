@@ -8,6 +8,7 @@ needs, which is built from source.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_a_merged_model_is_the_same_in_llama_cpp(
     code, out, said = type_in("export", *words, tmp_path / "gguf")
     assert code == 0, said
     assert "llama-server -m " in out
+    assert ALIKE in out
     with Loaded(tmp_path / "gguf/model.gguf") as loaded:
         found, number = compare(
             loaded, in_float32(tmp_path / "merged"), prompts(adapter=(str(trained),))
@@ -196,30 +198,30 @@ def test_an_adapter_alone_is_the_same_over_the_base_in_llama_cpp(
         assert compare(wrong, over, asked)[0] > 10 * MOST
 
 
-def test_chat_templates_and_guanaco_give_llama_cpp_the_ids_of_training(
-    smollm2: Path, tmp_path: Path, type_in: Type
-) -> None:
-    to = ("--to", "gguf", "--convert", "--output", tmp_path / "base")
-    code, _, said = type_in("export", "--model", smollm2, *to)
-    assert code == 0, said
-    with Loaded(tmp_path / "base/model.gguf", vocab_only=True) as loaded:
-        for template in ("chat", "guanaco", "alpaca"):
-            for name, (text, ids) in prompts(model=str(smollm2), template=template).items():
-                assert loaded.ids(text) == ids, (template, name)
+ALIKE = "Prompts are those of training, token for token, by llama.cpp's tokenizer"
 
 
-@pytest.mark.parametrize("name", ["mistral", "mistral3", "llama3", "qwen"])
+@pytest.mark.parametrize("name", ["mistral", "llama3", "qwen"])
 def test_real_vocabularies_give_the_same_ids(name: str, tmp_path: Path, type_in: Type) -> None:
-    """The two of SentencePiece's come without tokenizer.model, as transformers saves them."""
+    """SentencePiece's comes without tokenizer.model, as transformers saves it."""
     base = with_tokenizer("Qwen2" if name == "qwen" else "LLaMA", name, tmp_path / "base")
-    to = ("--to", "gguf", "--convert", "--output", tmp_path / "out")
-    code, _, said = type_in("export", "--model", base, *to)
+    to = ("--to", "gguf", "--convert", "--template", "chat", "--output", tmp_path / "out")
+    code, out, said = type_in("export", "--model", base, *to)
     assert code == 0, said
-    with Loaded(tmp_path / "out/model.gguf", vocab_only=True) as loaded:
-        for key, (text, ids) in prompts(model=str(base), template="chat").items():
-            # Its template writes the BOS token, as the server knows.
-            text = text.removeprefix(real(name).bos_token or "")
-            assert loaded.ids(text) == ids, key
+    assert ALIKE in out
+    assert ("They were compared composed" in out) == (name == "qwen")
+
+
+def test_a_vocabulary_that_llama_cpp_reads_otherwise_is_refused(
+    tmp_path: Path, type_in: Type
+) -> None:
+    """Mistral's third puts a space before a text's beginning alone; llama.cpp after [INST], too."""
+    base = with_tokenizer("LLaMA", "mistral3", tmp_path / "base")
+    to = ("--to", "gguf", "--convert", "--template", "chat", "--output", tmp_path / "out")
+    code, _, said = type_in("export", "--model", base, *to)
+    assert code == 2
+    assert "llama.cpp's tokenizer makes other prompts than training did" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_its_scores_a_sentencepiece_vocabulary_gives_other_ids(tmp_path: Path) -> None:
@@ -251,9 +253,9 @@ def with_tokenizer(family: str, name: str, folder: Path) -> Path:
     shape = next(one for one in FAMILIES if one.name == family)
     roles = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos")}
     shape.save(folder, vocab_size=len(tokenizer), pad_token_id=None, **roles)
-    for old in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / old).unlink(missing_ok=True)
-    tokenizer.save_pretrained(folder)
+    for name_of_file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        # As published: saved once more it would lose where spaces go (``legacy``).
+        shutil.copy(Path(tokenizer.name_or_path) / name_of_file, folder / name_of_file)
     return folder
 
 
