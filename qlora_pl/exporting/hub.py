@@ -19,9 +19,8 @@ from typing import Any
 from qlora_pl.data.encoding.served_template import served_tokenizer
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.exporting.options import ExportOptions
-from qlora_pl.exporting.parity import check_parity, refuse_pairs, tokenizer_folder_ids
+from qlora_pl.exporting.parity import check_parity, served_encoder, tokenizer_folder_ids
 from qlora_pl.files import atomic_folder, sha256_file, write_atomic, write_json
-from qlora_pl.inference.loading import load_encoder
 from qlora_pl.inference.source import ModelChoice, ModelSource
 from qlora_pl.modeling.adapter_folder import HELD_OUT
 from qlora_pl.redaction import redact
@@ -62,8 +61,7 @@ def export_hub(source: ModelSource, choice: ModelChoice, options: ExportOptions)
     if options.repo is None or not REPO.fullmatch(options.repo):
         raise ConfigurationError("--repo: name the repository on the Hub, as OWNER/NAME.")
     api = _api()
-    encoder = load_encoder(source, choice.cache_dir)
-    refuse_pairs(source, encoder)
+    encoder = served_encoder(source, choice)
     output = Path(str(options.output)).expanduser()
     folder = next(iter(source.adapters.values()), None)
     with atomic_folder(output) as place:

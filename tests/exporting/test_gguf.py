@@ -78,7 +78,7 @@ def test_an_adapter_alone_says_how_far_it_is_from_what_was_trained(
     assert "export it merged into the 4-bit base that it was trained over" in out
     assert "nats a token (KL)" in Path("out/README.md").read_text()
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        *("README.md", "adapter", "export.json")
+        *("README.md", "adapter", "chat_template.jinja", "export.json")
     ]
 
 
