@@ -1,8 +1,8 @@
 """What a converter left out of a GGUF file, put right in place; and whether an adapter is whole.
 
 llama.cpp's converter has no scores for SentencePiece vocabularies whose folder lacks
-``tokenizer.model``, as folders that transformers saves do: every piece gets the same, and texts
-come out in other tokens without a word.
+``tokenizer.model``, as folders that transformers saves do: every piece gets the same, control
+tokens without a role become words, and texts come out in other tokens, all without a word.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 from qlora_pl.errors import ConfigurationError
 
 SCORES = "tokenizer.ggml.scores"
+KINDS = "tokenizer.ggml.token_type"
+CONTROL, USER_DEFINED = 3, 4
+"""Kinds of tokens (llama.h, llama_token_type)."""
 KIND = "tokenizer.ggml.model"
 EOS = "tokenizer.ggml.eos_token_id"
 SENTENCEPIECE = "llama"
@@ -55,6 +58,7 @@ def complete(file: Path, folder: Path, stop_token_ids: list[int]) -> None:
         scores = fields[SCORES]
         if len({float(scores.parts[place][0]) for place in scores.data}) == 1:
             _write_scores(scores, merge_ranks(folder))
+            _write_kinds(fields[KINDS], folder)
     if stop_token_ids and EOS in fields:
         token = fields[EOS].parts[fields[EOS].data[0]]
         if token[0] not in stop_token_ids:
@@ -88,6 +92,15 @@ def _write_scores(scores: Any, ranks: dict[int, int]) -> None:
     for token, rank in ranks.items():
         if token < len(scores.data):
             scores.parts[scores.data[token]][0] = -float(rank)
+
+
+def _write_kinds(kinds: Any, folder: Path) -> None:
+    """Control tokens that have no role, such as ``[INST]``, count as ordinary text otherwise."""
+    added = json.loads((folder / "tokenizer.json").read_text()).get("added_tokens", [])
+    for token in added:
+        if token["id"] < len(kinds.data):
+            kind = CONTROL if token["special"] else USER_DEFINED
+            kinds.parts[kinds.data[token["id"]]][0] = kind
 
 
 def merge_ranks(folder: Path) -> dict[int, int]:

@@ -249,21 +249,23 @@ def with_tokenizer(family: str, name: str, folder: Path) -> Path:
     """A tiny model of a family with a published vocabulary."""
     tokenizer = real(name)
     shape = next(one for one in FAMILIES if one.name == family)
-    shape.save(folder, vocab_size=len(tokenizer))
+    roles = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos")}
+    shape.save(folder, vocab_size=len(tokenizer), pad_token_id=None, **roles)
     for old in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / old).unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-SUPPORTED = ["LLaMA", "Mistral", "Qwen2", "Qwen3", "GPT-NeoX, Pythia", "BLOOM", "Falcon (rotary)"]
+SUPPORTED = ["LLaMA", "Mistral", "Qwen2", "Qwen3", "BLOOM"]
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_other_families_are_the_same_in_llama_cpp(
     family: str, tmp_path: Path, type_in: Type
 ) -> None:
-    base = with_tokenizer(family, "smollm2", tmp_path / "base")
+    vocabulary = "qwen" if family == "Qwen2" else "smollm2"  # whose splitting it insists on
+    base = with_tokenizer(family, vocabulary, tmp_path / "base")
     layers = next(one for one in FAMILIES if one.name == family).linears
     settings = {"target_modules": list(layers), "use_rslora": True}
     adapter = save_adapter(base, tmp_path / "adapter", **settings)
@@ -274,7 +276,7 @@ def test_other_families_are_the_same_in_llama_cpp(
     code, out, said = type_in("export", *words, *to, tmp_path / "b")
     assert code == 0, said
     assert "was not measured" in out
-    ids = real("smollm2")("The quick brown fox jumps over the lazy dog, twice.")["input_ids"]
+    ids = real(vocabulary)("The quick brown fox jumps over the lazy dog, twice.")["input_ids"]
     model = in_float32(base)
     without = plain(model, ids)
     over = plain(peft.PeftModel.from_pretrained(model, adapter), ids)
