@@ -78,6 +78,8 @@ HEAVY = {
     "safetensors",
     "huggingface_hub",
     "accelerate",
+    "starlette",
+    "uvicorn",
     "tqdm",
 }
 MAY_USE: dict[str, set[str]] = {
@@ -117,6 +119,7 @@ MAY_USE: dict[str, set[str]] = {
     "inference": {"torch", "numpy", "tqdm"},
     "inference.loading": {"torch", "peft", "bitsandbytes"},
     "chat": {"torch"},
+    "serving": {"numpy", "starlette", "uvicorn"},
     "merging": {"torch", "numpy", "safetensors", "transformers"},
     "merging.weights": {"torch", "bitsandbytes"},
     "inspection": {"numpy"},
@@ -135,6 +138,7 @@ LAYERS: dict[str, set[str]] = {
         "inspection",
         "merging",
         "proof",
+        "serving",
         "errors",
         "redaction",
         "__init__",
@@ -154,6 +158,7 @@ LAYERS: dict[str, set[str]] = {
     "training": {"training", "modeling", "data", "errors", "batch", "files", "redaction"},
     "inference": {"inference", "modeling", "data", "errors", "files"},
     "chat": {"chat", "inference", "modeling", "data", "errors", "files"},
+    "serving": {"serving", "chat", "inference", "modeling", "data", "errors"},
     "merging": {"merging", "inference", "modeling", "data", "errors", "files"},
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
