@@ -210,8 +210,8 @@ def _wish(
             "model_not_found",
         )
     decoding = decoding_of(body, defaults)
-    num_answers = body.get("n") or 1
-    if not num_answers >= 1 or num_answers * len(prompts) > MOST_ANSWERS:
+    num_answers = 1 if body.get("n") is None else body["n"]
+    if num_answers < 1 or num_answers * len(prompts) > MOST_ANSWERS:
         raise RefusedError(400, f"n: must lie between 1 and {MOST_ANSWERS} answers in all.", "n")
     if num_answers > 1 and not decoding.do_sample:
         raise RefusedError(
