@@ -64,7 +64,9 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every part that is asked for, in the order of ``PARTS``."""
     import torch
     from inference_speed import Task, kinds, speed
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     adapter, base = adapter_and_base(given, folder)
     task = Task(
         adapter=adapter,

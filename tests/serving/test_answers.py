@@ -66,12 +66,14 @@ def test_streamed_and_whole_are_what_generate_gives(
     assert usage == whole.usage
 
 
-def test_pieces_come_one_by_one_and_hold_no_half_character(client: openai.OpenAI) -> None:
+def test_pieces_come_one_by_one_and_add_up_to_bytes_that_are_no_characters(
+    client: openai.OpenAI,
+) -> None:
     """The tiny model writes bytes at random, of which most are parts of characters."""
     pieces, _, _ = streamed(client, max_tokens=60, temperature=2.0, seed=3)
     whole = ask(client, max_tokens=60, temperature=2.0, seed=3).choices[0].message.content
     assert "".join(pieces) == whole
-    assert "\ufffd" in whole  # bytes that never become a character stay what they are
+    assert "\ufffd" in whole
     assert len([one for one in pieces if one]) > 10
 
 
