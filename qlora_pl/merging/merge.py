@@ -28,6 +28,7 @@ from qlora_pl.merging.candidates import (
     refuse_no_parent,
     write_candidate,
 )
+from qlora_pl.merging.card import merged_card
 from qlora_pl.merging.requantizing import FourBits, plan_packing
 from qlora_pl.merging.scored_rows import SCORE_TOKENS, ScoredRow, held_out_rows, rows_of_file
 from qlora_pl.merging.scoring import (
@@ -137,7 +138,9 @@ def merge(choice: ModelChoice, options: MergeOptions) -> str:
             path.rename(place / path.name)
         for policy in policies:
             shutil.rmtree(place / policy)
-        write_json(place / MERGE_RECORD, _record(source, scores, kept, options))
+        record = _record(source, scores, kept, options)
+        write_json(place / MERGE_RECORD, record)
+        (place / "README.md").write_text(merged_card(source, record, table(scores)))
     return f"{text}\n\nmerge: {output}"
 
 

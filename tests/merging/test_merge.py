@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import fit
+from cards import blocks
 from conftest import save_base
 from families import Saver
+from huggingface_hub import ModelCard
 from torch.nn import functional
 from typed import type_words
 
@@ -146,6 +152,62 @@ def test_without_rows_the_trained_base_is_merged_onto_and_that_is_said(
     assert code == 0
     assert "Merged onto the dequantized base; nothing was scored." in out
     assert "no rows to score with (--data names some)" in caplog.text
+
+
+def test_the_card_of_a_merged_model_tells_what_it_cost_and_its_lines_run(
+    type_in: Type,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = type_in("merge", "--adapter", adapter, "--output", "merged", "--force")
+    assert code == 0
+    text = Path("merged/README.md").read_text()
+    assert out.split("\n\n")[0] in text  # the table of scores
+    assert "`dequantized` is the one that was kept" in text
+    assert ModelCard(text).data.to_dict()["tags"] == ["merged", "qlora", "qlora-pl"]
+    assert str(adapter) not in text
+    monkeypatch.chdir("merged")
+    loading, asking, own = blocks(Path(), "python")
+    (command,) = blocks(Path(), "bash")
+    capsys.readouterr()
+    exec(f"{loading}\n{asking}", {})
+    plain = capsys.readouterr().out.strip()
+    exec(own, {})
+    ours = capsys.readouterr().out.strip()
+    code, typed, _ = type_in(*shlex.split(command)[1:])
+    assert code == 0
+    assert plain == ours == typed.strip()
+
+
+@pytest.mark.parametrize("words", [(), ("--requantize", "nf4")])
+@pytest.mark.slow
+def test_the_lines_of_a_merged_model_run_in_a_fresh_process(
+    type_in: Type, adapter: Path, words: tuple[str, ...]
+) -> None:
+    assert type_in("merge", "--adapter", adapter, "--output", "m", "--force", *words)[0] == 0
+    loading, asking, own = blocks(Path("m"), "python")
+    (command,) = blocks(Path("m"), "bash")
+    typed = [sys.executable, "-m", "qlora_pl", *shlex.split(command)[1:]]
+    said = []
+    for call in (
+        [sys.executable, "-c", f"{loading}\n{asking}"],
+        [sys.executable, "-c", own],
+        typed,
+    ):
+        root = str(Path(__file__).parents[2])
+        done = subprocess.run(
+            call,
+            cwd="m",
+            env=os.environ | {"PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.strip())
+    assert said[0]
+    assert said[1] == said[2]
 
 
 def test_pairs_are_merged_and_not_scored(
