@@ -172,19 +172,19 @@ def test_an_error_in_the_background_stops_the_run_at_the_next_micro_batch(
     def fail(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def wait(trainer: Trainer) -> None:
-        trainer.checkpoint_callback._writer.wait()
-
     ended: list[int] = []
 
     class End(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.checkpoint_callback._writer.wait()  # so that the disk has answered by now
+
         def on_exception(self, trainer: Trainer, *_: Any) -> None:
             ended.append(trainer.global_step)
 
     intercept_sync(monkeypatch, "step-00000002.ckpt", fail)
     saving = {"every_n_steps": 2, "keep_best": 0}
     with pytest.raises(TrainingStoppedError, match="The disk is full"):
-        run(tmp_path, tiny_base, rows_file, checkpoint=saving, callbacks=[At(2, wait), End()])
+        run(tmp_path, tiny_base, rows_file, checkpoint=saving, callbacks=[End()])
     assert ended == [3]
     assert [step_of(path) for path in checkpoints_newest_first(tmp_path)] == [1]
     kept = json.loads((tmp_path / "checkpoints/kept.json").read_text())
