@@ -191,6 +191,7 @@ def score_here(given: argparse.Namespace) -> dict[str, Any]:
     from qlora_pl.merging.asking import load_merged, load_trained
     from qlora_pl.merging.scored_rows import rows_of_file
     from qlora_pl.merging.scoring import estimate_seconds, score, write_reference
+    from qlora_pl.modeling.host_memory import release_freed_memory
     from qlora_pl.modeling.identity import identify_base
     from qlora_pl.modeling.plan import build_skeleton
     from qlora_pl.modeling.prequantized import make_plan
@@ -210,6 +211,7 @@ def score_here(given: argparse.Namespace) -> dict[str, Any]:
         result["foretold_seconds"] = round(estimate_seconds(model, rows), 1)
         write_reference(model, rows, reference)
     del trained, model
+    release_freed_memory(of_cycles=True)  # as the command does
     with watched(result, "ask_merged"):
         merged = load_merged(folder / f"merged-{given.method}", torch.bfloat16)
         found = score(merged, rows, reference)

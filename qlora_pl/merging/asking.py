@@ -18,6 +18,7 @@ from qlora_pl.inference.machine import best_device
 from qlora_pl.inference.source import ModelChoice, ModelSource
 from qlora_pl.modeling.copy_making import make_copy
 from qlora_pl.modeling.encoder_decoder import auto_class
+from qlora_pl.modeling.host_memory import large_blocks_apart, release_freed_memory
 from qlora_pl.modeling.identity import BaseIdentity
 from qlora_pl.modeling.loading import keep_gradients_on_cpu, unquantized_dtype
 from qlora_pl.modeling.packed_cache import packed_folder, verify_packed
@@ -28,6 +29,7 @@ from qlora_pl.modeling.quantization import resolve_compute_dtype
 logger = logging.getLogger(__name__)
 
 
+@large_blocks_apart()
 def load_trained(
     source: ModelSource, identity: BaseIdentity, plan: QuantizationPlan, choice: ModelChoice
 ) -> Model:
@@ -42,7 +44,10 @@ def load_trained(
     device = best_device()
     if device.type == "cpu":
         _make_packed_copy(source, identity, plan, choice, device)
-    return load(source, device, choice.cache_dir, choice.trust_remote_code, is_exact=True)
+        release_freed_memory(of_cycles=True)
+    trained = load(source, device, choice.cache_dir, choice.trust_remote_code, is_exact=True)
+    release_freed_memory(of_cycles=True)
+    return trained
 
 
 def _make_packed_copy(

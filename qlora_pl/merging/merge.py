@@ -5,7 +5,6 @@ Both policies are written and scored against the model that was trained; the bet
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import shutil
@@ -41,6 +40,7 @@ from qlora_pl.merging.scoring import (
 )
 from qlora_pl.merging.weights import POLICIES, MergedWeights, Policy
 from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
+from qlora_pl.modeling.host_memory import large_blocks_apart, release_freed_memory
 from qlora_pl.modeling.identity import BaseIdentity, identify_base
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def merge_command(words: Sequence[str]) -> int:
     return 0
 
 
+@large_blocks_apart()
 def merge(choice: ModelChoice, options: MergeOptions) -> str:
     """Merge, score, and keep the better; what came of it, as Markdown."""
     output = Path(str(options.output)).expanduser()
@@ -216,7 +217,7 @@ class _Judge:
             )
             write_reference(model, self._rows, self._reference, self._bar)
         del trained, model
-        gc.collect()
+        release_freed_memory(of_cycles=True)
 
     def score(self, policy: Policy, folder: Path, dtype: torch.dtype) -> Mapping[str, Score]:
         if not self._rows:
@@ -224,7 +225,7 @@ class _Judge:
         model = load_merged(folder, dtype)
         found = score(model, self._rows, self._reference, self._bar)
         del model
-        gc.collect()
+        release_freed_memory(of_cycles=True)
         return {policy: found}
 
     def finish(self) -> None:
