@@ -34,6 +34,14 @@ SHAPES = {
     "7e9": {"width": 4096, "inner": 11008, "vocabulary": 32000},
 }
 """LLaMA-7B's own for 7e9: 32 layers, 6.74e9 weights."""
+WAYS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "float32": {"dtype": "float32"},
+    "nf4": {"dtype": "bfloat16", "requantize": "nf4"},
+    "fp4": {"dtype": "bfloat16", "requantize": "fp4"},
+}
+"""In which form a merged model is written."""
 ROW_TOKENS = 512
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -47,6 +55,7 @@ def main() -> None:
     parser.add_argument("--adapter", help="loss: of which it is read")
     parser.add_argument("--data", help="loss: rows to score with; the adapter's own")
     parser.add_argument("--name", default="adapter", help="loss: what it is called")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="loss: of them")
     parser.add_argument("--score-tokens", type=int, default=256, help="memory: 0 scores nothing")
     parser.add_argument("--method", default="lora", choices=("lora", "dora"))
     given = parser.parse_args()
@@ -227,10 +236,8 @@ def loss(given: argparse.Namespace) -> list[dict[str, Any]]:
     from qlora_pl.merging.merge import MergeOptions, merge
 
     choice = ModelChoice(adapter=(given.adapter,))
-    ways: list[dict[str, Any]] = [{"dtype": dtype} for dtype in ("bfloat16", "float16", "float32")]
-    ways += [{"dtype": "bfloat16", "requantize": kind} for kind in ("nf4", "fp4")]
     found = []
-    for way in ways:
+    for way in (WAYS[name] for name in given.ways):
         with tempfile.TemporaryDirectory() as temporary:
             output = Path(temporary) / "merged"
             merge(choice, MergeOptions(output=str(output), force=True, data=given.data, **way))

@@ -16,7 +16,9 @@ import yaml
 from adapter_runs import Killed, fit, make_data, make_module
 from cards import blocks
 from conftest import save_base
+from families import Saver
 from huggingface_hub import ModelCard
+from plain_peft import undo_replacements
 from typed import type_words
 
 from qlora_pl.modeling.adapter_folder import read_adapter_folder
@@ -151,6 +153,25 @@ def test_its_lines_run_in_a_fresh_process(adapter: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["T5", "GPT-2", "Falcon (rotary)", "BLOOM"])
+def test_its_lines_run_for_other_families(
+    family: str,
+    saved: Saver,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = run(tmp_path, saved(family), rows_file)
+    monkeypatch.chdir(adapter)
+    scope: dict[str, Any] = {}
+    try:
+        exec("\n".join(blocks(adapter, "python")), scope)
+    finally:
+        undo_replacements()
+    assert len(scope["answer"])
 
 
 def test_a_hub_dataset_has_the_licence_that_its_authors_published() -> None:
