@@ -20,6 +20,8 @@ from qlora_pl.modeling.quantization import QuantizationConfig, QuantType
 
 Precision = Literal["trained", "bfloat16", "float16", "float32"]
 PRECISIONS: tuple[Precision, ...] = ("trained", "bfloat16", "float16", "float32")
+Devices = Literal["one", "auto", "cpu"]
+DEVICES: tuple[Devices, ...] = ("one", "auto", "cpu")
 KEY = "--adapter"
 """Who names a folder, in messages."""
 DEFAULT_NAME = "adapter"
@@ -58,6 +60,12 @@ class ModelChoice:
     """Whether Python code that lies beside a model may run."""
     cache_dir: str | None = None
     """Where packed weights and downloads are kept."""
+    devices: Devices = "one"
+    """one: the first GPU, or the CPU where there is none; auto: layer after layer over every GPU,
+    the rest on the CPU, which computes it; cpu."""
+    max_memory: tuple[str, ...] = ()
+    """With --devices auto, what weights may take at most: 20GiB on every GPU, or 0=20GiB,
+    cpu=64GiB on one device."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -78,6 +86,12 @@ class ModelChoice:
                 f"--precision: '{self.precision}' is not known"
                 f"{did_you_mean(self.precision, PRECISIONS)}"
             )
+        if self.devices not in DEVICES:
+            problems.append(
+                f"--devices: '{self.devices}' is not known{did_you_mean(self.devices, DEVICES)}"
+            )
+        if self.max_memory and self.devices != "auto":
+            problems.append("--max-memory: is for --devices auto; add it.")
         is_file = Path(self.template or "").suffix in JINJA_SUFFIXES
         if self.template is not None and not is_file and self.template not in TEMPLATES:
             problems.append(
