@@ -117,12 +117,7 @@ def load(
     """
     refuse_unpinned_code(source.base, source.revision, trust_remote_code)
     identity = identify_base(source.base, source.revision, cache_dir)
-    if source.weights is not None and identity.weights != source.weights:
-        raise AdapterFolderError(
-            f"The adapter was trained over other weights than those of '{source.base}' "
-            f"(fingerprints {source.weights[:12]} and {identity.weights[:12]}); name its own base "
-            "with --base."
-        )
+    refuse_other_base(source, identity)
     tokenizer = load_tokenizer(source.tokenizer, source.revision, cache_dir)
     skeleton = build_skeleton(identity.folder, "auto", trust_remote_code)
     plan = make_plan(identity.folder, skeleton, source.quantization)
@@ -141,6 +136,20 @@ def load(
     if not is_exact and base.compute_dtype == torch.bfloat16 and not reads_base_weights(model):
         allow_inference_kernel(model)
     return Model(model, tokenizer, make_encoder(source, tokenizer, base.model), source, biases)
+
+
+def refuse_other_base(source: ModelSource, identity: BaseIdentity) -> None:
+    """An adapter belongs to the weights that it was trained over.
+
+    Raises:
+        AdapterFolderError: if these are others.
+    """
+    if source.weights is not None and identity.weights != source.weights:
+        raise AdapterFolderError(
+            f"The adapter was trained over other weights than those of '{source.base}' "
+            f"(fingerprints {source.weights[:12]} and {identity.weights[:12]}); name its own base "
+            "with --base."
+        )
 
 
 def _load_base(
