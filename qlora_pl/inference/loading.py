@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlora_pl.data.encoding.encoder import Encoder
 from qlora_pl.data.encoding.encoder_choice import choose_encoder
-from qlora_pl.data.encoding.tokenizer import load_tokenizer
+from qlora_pl.data.encoding.tokenizer import load_model_config, load_tokenizer
 from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import AdapterFolderError
 from qlora_pl.inference.machine import Place
@@ -184,6 +184,11 @@ def _load_base(
 def make_encoder(source: ModelSource, tokenizer: Any, model: Any) -> Encoder:
     """What makes prompts as in training.
 
+    Args:
+        source: Says how.
+        tokenizer: Its tokenizer.
+        model: The model, or its configuration.
+
     Raises:
         ConfigurationError: if the tokenizer lacks what the template needs.
     """
@@ -196,6 +201,18 @@ def make_encoder(source: ModelSource, tokenizer: Any, model: Any) -> Encoder:
         append_eos=True,
         max_target_length=1 if is_original else None,  # of answers, none of which is encoded
         has_encoder=is_encoder_decoder(model),
+    )
+
+
+def load_encoder(source: ModelSource, cache_dir: str | None = None) -> Encoder:
+    """The same without the model's weights.
+
+    Raises:
+        ConfigurationError: if there is no tokenizer, or it lacks what the template needs.
+    """
+    tokenizer = load_tokenizer(source.tokenizer, source.revision, cache_dir)
+    return make_encoder(
+        source, tokenizer, load_model_config(source.base, source.revision, cache_dir)
     )
 
 

@@ -75,7 +75,12 @@ def load_merged(folder: Path, dtype: torch.dtype) -> Any:
     """A merged folder as plain transformers loads it, computing as in training."""
     from transformers import AutoConfig  # slow to import
 
-    kind = auto_class(AutoConfig.from_pretrained(folder))
-    model: Any = kind.from_pretrained(folder, dtype=dtype, device_map={"": str(best_device())})
+    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    model: Any = kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": str(best_device())},
+        trust_remote_code=False,
+    )
     keep_gradients_on_cpu(model)  # whose other kernel rounds scales
     return model.eval()

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_pl.data.encoding.tokenizer import load_tokenizer
+from qlora_pl.data.encoding.served_template import served_tokenizer
 from qlora_pl.errors import ConfigurationError, HardwareError
+from qlora_pl.inference.loading import load_encoder
 from qlora_pl.inference.source import ModelSource
 from qlora_pl.merging.requantizing import Packing
 from qlora_pl.merging.scored_rows import ScoredRow
@@ -96,7 +97,8 @@ def write_candidate(
     if source.manifest is not None and source.manifest.stop_token_ids:
         generation.eos_token_id = source.manifest.stop_token_ids  # where training ended answers
     generation.save_pretrained(folder)
-    load_tokenizer(source.tokenizer, source.revision, cache_dir).save_pretrained(folder)
+    encoder = load_encoder(source, cache_dir)
+    served_tokenizer(encoder).save_pretrained(folder)  # whose chat template is that of training
 
 
 def _groups(tensors: Iterator[tuple[str, Tensor]], form: Form) -> Iterator[dict[str, Tensor]]:

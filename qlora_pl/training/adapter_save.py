@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from qlora_pl.data.encoding.served_template import served_tokenizer
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import sha256_file
 from qlora_pl.modeling.adapter_folder import (
@@ -61,6 +62,7 @@ class AdapterSaver:
         self._held_out: dict[str, np.ndarray] | None = None
         self._companions: dict[str, bytes] | None = None
         self._facts: dict[str, Any] | None = None
+        self._tokenizer: Any = None
 
     def prepare(
         self,
@@ -87,7 +89,6 @@ class AdapterSaver:
         """
         model: Any = module.model
         data = getattr(trainer, "datamodule", None)
-        tokenizer = data.tokenizer if data is not None else None
         run_yaml = _run_yaml(folder.parents[1])
         if self._facts is None:
             self._facts = lasting_facts(module, data, run_yaml)
@@ -95,6 +96,9 @@ class AdapterSaver:
         manifest = replace(make_manifest(module, data, step), card=card)
         if self._held_out is None and self.save_held_out and data is not None:
             self._held_out = held_out_rows(data)
+        if self._tokenizer is None and data is not None:
+            self._tokenizer = served_tokenizer(data.encoder)
+        tokenizer = self._tokenizer
         if module.product == "model":
             return _model_save(folder, model, tokenizer, manifest, run_yaml, self._held_out)
         tensors = adapter_tensors(

@@ -79,7 +79,9 @@ def test_the_better_policy_is_kept_and_loads_in_plain_transformers(
     assert model.dtype == torch.bfloat16
     assert model.generation_config.eos_token_id == [2]
     tokenizer = AutoTokenizer.from_pretrained("merged")
-    assert tokenizer.chat_template
+    asked = [{"role": "user", "content": "How many legs?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.decode(ids) == "<s>### Human: How many legs?### Assistant:"  # as trained
     left = sorted(path.name for path in Path("merged").iterdir())
     assert not [name for name in left if name.startswith(("reference", "original", "dequantized"))]
     assert [path.name for path in Path().iterdir()] == ["merged"]
