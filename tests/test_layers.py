@@ -78,6 +78,8 @@ HEAVY = {
     "safetensors",
     "huggingface_hub",
     "accelerate",
+    "starlette",
+    "uvicorn",
     "tqdm",
 }
 MAY_USE: dict[str, set[str]] = {
@@ -119,6 +121,7 @@ MAY_USE: dict[str, set[str]] = {
     "inference.machine": {"torch", "accelerate"},
     "inference.loading": {"torch", "peft", "bitsandbytes"},
     "chat": {"torch"},
+    "serving": {"numpy", "starlette", "uvicorn"},
     "merging": {"torch", "numpy", "safetensors", "transformers", "tqdm"},
     "merging.requantizing": {"torch", "bitsandbytes"},
     "merging.weights": {"torch", "bitsandbytes"},
@@ -138,6 +141,7 @@ LAYERS: dict[str, set[str]] = {
         "inspection",
         "merging",
         "proof",
+        "serving",
         "errors",
         "redaction",
         "__init__",
@@ -157,6 +161,7 @@ LAYERS: dict[str, set[str]] = {
     "training": {"training", "modeling", "data", "errors", "batch", "files", "redaction"},
     "inference": {"inference", "modeling", "data", "errors", "files"},
     "chat": {"chat", "inference", "modeling", "data", "errors", "files"},
+    "serving": {"serving", "chat", "inference", "modeling", "data", "errors"},
     "merging": {"merging", "inference", "modeling", "data", "errors", "files"},
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},

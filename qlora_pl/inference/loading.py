@@ -19,7 +19,7 @@ from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import AdapterFolderError
 from qlora_pl.inference.machine import Place
 from qlora_pl.inference.source import KEY, ModelSource
-from qlora_pl.modeling.adapters import keep_adapters_in
+from qlora_pl.modeling.adapters import keep_adapters_in, settle_adapters
 from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.loading import LoadedBase, load_base
@@ -133,8 +133,10 @@ def load(
         model.set_adapter(next(iter(source.adapters)))  # type: ignore[operator]
     model.requires_grad_(False)
     model.eval()
-    if not is_exact and base.compute_dtype == torch.bfloat16 and not reads_base_weights(model):
-        allow_inference_kernel(model)
+    if not is_exact and not reads_base_weights(model):
+        settle_adapters(model)
+        if base.compute_dtype == torch.bfloat16:
+            allow_inference_kernel(model)
     return Model(model, tokenizer, make_encoder(source, tokenizer, base.model), source, biases)
 
 
