@@ -222,7 +222,7 @@ def score_here(given: argparse.Namespace) -> dict[str, Any]:
     del trained, model
     release_freed_memory(of_cycles=True)  # as the command does
     with watched(result, "ask_merged"):
-        merged = load_merged(folder / f"merged-{given.method}", torch.bfloat16)
+        merged = load_merged(folder / f"merged-{given.method}", torch.bfloat16, torch.device("cpu"))
         found = score(merged, rows, reference)
     return result | {"kl_divergence": found.kl_divergence}
 

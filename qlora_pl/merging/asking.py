@@ -14,7 +14,7 @@ import torch
 
 from qlora_pl.errors import QLoRAError
 from qlora_pl.inference.loading import Model, load
-from qlora_pl.inference.machine import best_device
+from qlora_pl.inference.machine import place_of
 from qlora_pl.inference.source import ModelChoice, ModelSource
 from qlora_pl.modeling.copy_making import make_copy
 from qlora_pl.modeling.encoder_decoder import auto_class
@@ -41,7 +41,7 @@ def load_trained(
         plan: What is packed of it.
         choice: Names the cache, and whether code may run.
     """
-    device = best_device()
+    device = place_of(choice).device
     if device.type == "cpu":
         _make_packed_copy(source, identity, plan, choice, device)
         release_freed_memory(of_cycles=True)
@@ -71,7 +71,7 @@ def _make_packed_copy(
         logger.warning("%s", error)
 
 
-def load_merged(folder: Path, dtype: torch.dtype) -> Any:
+def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A merged folder as plain transformers loads it, computing as in training."""
     from transformers import AutoConfig  # slow to import
 
@@ -79,7 +79,7 @@ def load_merged(folder: Path, dtype: torch.dtype) -> Any:
     model: Any = kind.from_pretrained(
         folder,
         dtype=dtype,
-        device_map={"": str(best_device())},
+        device_map={"": str(device)},
         trust_remote_code=False,
     )
     keep_gradients_on_cpu(model)  # whose other kernel rounds scales

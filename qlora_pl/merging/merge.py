@@ -19,6 +19,7 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import atomic_folder, write_json
 from qlora_pl.inference.flags import Flags
 from qlora_pl.inference.loading import refuse_other_base
+from qlora_pl.inference.machine import place_of
 from qlora_pl.inference.source import MERGE_RECORD, ModelChoice, ModelSource, resolve_source
 from qlora_pl.merging.asking import load_merged, load_trained
 from qlora_pl.merging.candidates import (
@@ -118,6 +119,8 @@ def merge(choice: ModelChoice, options: MergeOptions) -> str:
     source = resolve_source(choice)
     if len(source.adapters) != 1 or choice.precision != "trained":
         raise ConfigurationError("--adapter: name one adapter folder, without --precision.")
+    if choice.devices == "auto":
+        raise ConfigurationError("--devices: auto is not for merging; choose one, or cpu.")
     identity = identify_base(source.base, source.revision, choice.cache_dir)
     refuse_other_base(source, identity)
     weights = MergedWeights(source, identity, choice.trust_remote_code)
@@ -126,7 +129,7 @@ def merge(choice: ModelChoice, options: MergeOptions) -> str:
     form = _form(weights, source, options)
     refuse_full_disk(output.parent, weights, form, len(policies), rows)
     with atomic_folder(output) as place:
-        judge = _Judge(rows, place / "reference.npy", 1 + len(policies))
+        judge = _Judge(rows, place / "reference.npy", 1 + len(policies), choice)
         judge.ask_the_trained(source, identity, weights, choice)
         scores: dict[str, Score] = {}
         for policy in policies:
@@ -182,8 +185,11 @@ def _form(weights: MergedWeights, source: ModelSource, options: MergeOptions) ->
 class _Judge:
     """Asks the trained model once, and then each candidate; without rows it does nothing."""
 
-    def __init__(self, rows: list[ScoredRow], reference: Path, num_models: int) -> None:
+    def __init__(
+        self, rows: list[ScoredRow], reference: Path, num_models: int, choice: ModelChoice
+    ) -> None:
         self._rows, self._reference, self._num_models = rows, reference, num_models
+        self._device = place_of(choice).device
         self._bar: Any = None
 
     def ask_the_trained(
@@ -222,7 +228,7 @@ class _Judge:
     def score(self, policy: Policy, folder: Path, dtype: torch.dtype) -> Mapping[str, Score]:
         if not self._rows:
             return {}
-        model = load_merged(folder, dtype)
+        model = load_merged(folder, dtype, self._device)
         found = score(model, self._rows, self._reference, self._bar)
         del model
         release_freed_memory(of_cycles=True)

@@ -54,7 +54,8 @@ def test_the_models_that_are_merged_and_scored_lie_in_the_pages_of_their_files(
             assert str(tmp_path / "cache/packed") in file_of(parameter), name
     form = Form(dtype=torch.bfloat16)
     write_candidate(tmp_path / "merged", weights, source, "dequantized", form)
-    for name, parameter in load_merged(tmp_path / "merged", torch.bfloat16).named_parameters():
+    merged = load_merged(tmp_path / "merged", torch.bfloat16, torch.device("cpu"))
+    for name, parameter in merged.named_parameters():
         assert file_of(parameter) == str(tmp_path / "merged/model.safetensors"), name
 
 

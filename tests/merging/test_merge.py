@@ -386,6 +386,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("--adapter", "ADAPTER", "--output", "x", "--requantize", "int4"),
         "invalid choice",
     ),
+    "devices": (
+        ("--adapter", "ADAPTER", "--output", "x", "--devices", "auto"),
+        "--devices: auto is not for merging",
+    ),
     "no file": (("--adapter", "ADAPTER", "--output", "x", "--data", "no.jsonl"), "--data: no file"),
     "not read": (
         ("--adapter", "ADAPTER", "--output", "x", "--data", "ROWS", "--score-tokens", "0"),
