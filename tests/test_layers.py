@@ -79,6 +79,7 @@ HEAVY = {
     "huggingface_hub",
     "accelerate",
     "tqdm",
+    "gradio",
 }
 MAY_USE: dict[str, set[str]] = {
     "__main__": set(),
@@ -117,6 +118,8 @@ MAY_USE: dict[str, set[str]] = {
     "inference": {"torch", "numpy", "tqdm"},
     "inference.loading": {"torch", "peft", "bitsandbytes"},
     "chat": {"torch"},
+    "chat.page": {"gradio"},
+    "chat.website": {"gradio"},
     "merging": {"torch", "numpy", "safetensors", "transformers"},
     "merging.weights": {"torch", "bitsandbytes"},
     "inspection": {"numpy"},

@@ -54,7 +54,7 @@ class TextStream:
         elif not is_last:
             text = text[: len(text) - held_back(text, self._stop)]
         if is_last:
-            text = text.rstrip()
+            text = text.rstrip(UNFINISHED).rstrip()  # cut at a length, within a character
         if len(text) > self._told:
             self._emit(text[self._told :])
             self._told = len(text)
