@@ -2,6 +2,7 @@
 
 It shows conversations and holds none, nor a second engine: every tab is a ``Visitor``. What is
 saved is made in the browser, so that no conversation is ever written to this machine's disk.
+Gradio takes updates apart, so that each is made anew, even where several say the same.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class Page:
         for choice in chosen:
             choice.input(self.choose, chosen, [*self.sides, self.said], **quiet)
         self.do_sample.input(
-            lambda is_on: [gr.update(interactive=is_on)] * 3,
+            lambda is_on: [gr.update(interactive=is_on) for _ in range(3)],
             self.do_sample,
             [self.temperature, self.top_p, self.top_k],
             **quiet,
@@ -204,9 +205,8 @@ class Page:
 
     def forget(self, request: gr.Request) -> list[Any]:
         """Forget what was said."""
-        visitor = self._visitor(request)
-        visitor.clear()
-        return [*self._sides(visitor, visitor.look()), ""]
+        self._visitor(request).clear()
+        return [*(gr.update(value=[]) for _ in self.sides), ""]  # who answers stays as it is
 
     def choose(self, request: gr.Request, who: Who, adapter: str | None, beside: str) -> list[Any]:
         """Show those who answer from now on."""
@@ -264,7 +264,7 @@ class Page:
             gr.skip() if question is None else question,
             gr.update(visible=not is_writing),
             gr.update(visible=is_writing),
-            *[gr.update(interactive=not is_writing)] * len(self._at_rest()),
+            *(gr.update(interactive=not is_writing) for _ in self._at_rest()),
         ]
 
     def _at_rest(self) -> list[Any]:
@@ -282,7 +282,8 @@ class Page:
             )
             for chat, turns in zip(visitor.chats, look.sides, strict=True)
         ]
-        return [*shown, *[gr.update(value=[], visible=False)] * (len(self.sides) - len(shown))]
+        empty = range(len(shown), len(self.sides))
+        return [*shown, *(gr.update(value=[], visible=False) for _ in empty)]
 
     def _visitor(self, request: gr.Request) -> Visitor:
         key = str(request.session_hash)

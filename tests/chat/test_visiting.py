@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_an_answer_grows_to_what_the_terminal_would_have_said(model: Model) -> N
     expected.ask("How many legs?", lambda _: None)
     assert looks[-1].sides == [expected.turns]
     texts = [side[-1].content for (side,) in (look.sides for look in looks) if len(side) == 2]
-    assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert all(b.startswith(a) for a, b in pairwise(texts))
     assert looks[0].sides[0][0] == Message("user", "How many legs?")
     assert "24 tokens in" in looks[-1].said
     assert "Cut at the length" in looks[-1].said
