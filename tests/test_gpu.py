@@ -214,3 +214,31 @@ def test_every_kind_of_base_trains_and_resumes(
     trainer = fit(tmp_path, tiny_base, rows_file, steps=4, quantization=quantization)
     assert trainer.global_step == 4
     assert (trainer.precision_plugin.precision == "16-mixed") is (kind == "float16")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_a_base_that_lies_half_on_the_cpu_gives_the_logits_of_the_gpu(
+    share: float, tiny_base: Path, tmp_path: Path
+) -> None:
+    """In float32, whose products CPU and GPU add up in another order."""
+    from qlora_pl.modeling.identity import identify_base
+    from qlora_pl.modeling.loading import load_base
+    from qlora_pl.modeling.plan import build_skeleton
+    from qlora_pl.modeling.prequantized import make_plan
+    from qlora_pl.modeling.quantization import QuantizationConfig
+    from qlora_pl.modeling.spread_loading import load_spread, weight_bytes
+
+    identity = identify_base(str(tiny_base), None, None)
+    config = QuantizationConfig(compute_dtype="float32")
+    skeleton = build_skeleton(identity.folder)
+    plan = make_plan(identity.folder, skeleton, config)
+    gpu, host = torch.device("cuda", 0), torch.device("cpu")
+    whole = load_base(identity, config, plan, device=gpu).model
+    cap = int(weight_bytes(skeleton.float(), config, plan) * share)
+    spread = load_spread(identity, config, plan, memory={gpu: cap, host: 2**40}).model
+    assert {p.device.type for p in spread.parameters()} == {"cuda", "cpu"}
+    ids = torch.arange(5, 60, device=next(spread.parameters()).device)[None]
+    with torch.no_grad():
+        found = spread(input_ids=ids).logits.cpu()
+        expected = whole(input_ids=ids.to(gpu)).logits.cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

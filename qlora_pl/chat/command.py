@@ -51,12 +51,12 @@ def chat_command(words: Sequence[str]) -> int:
     from qlora_pl.chat.conversing import Chat
     from qlora_pl.chat.terminal import talk
     from qlora_pl.inference.loading import load
-    from qlora_pl.inference.machine import best_device
+    from qlora_pl.inference.machine import place_of
 
     source = resolve_source(choice)
     for assumed in source.assumed:
         print(f"No file says it, so this is assumed: {assumed}.", file=sys.stderr)
-    model = load(source, best_device(), choice.cache_dir, choice.trust_remote_code)
+    model = load(source, place_of(choice), choice.cache_dir, choice.trust_remote_code)
     if page.web:
         from qlora_pl.chat.website import open_website
 

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_pl.errors import DatasetFormatError
 from qlora_pl.inference.answering import Answer, Answerer, TooLong
 from qlora_pl.inference.loading import Model, load
-from qlora_pl.inference.machine import best_device
+from qlora_pl.inference.machine import place_of
 from qlora_pl.inference.prompts import Prompt, conversation_of
 from qlora_pl.inference.source import BASE, ModelChoice, resolve_source
 from qlora_pl.modeling.decoding import DecodingConfig
@@ -35,7 +35,7 @@ def load_adapter(
         words = () if adapter is None else (str(adapter),)
     chosen = ModelChoice(adapter=words, **choice)
     source = resolve_source(chosen)
-    return load(source, best_device(), chosen.cache_dir, chosen.trust_remote_code)
+    return load(source, place_of(chosen), chosen.cache_dir, chosen.trust_remote_code)
 
 
 def generate(

@@ -98,7 +98,7 @@ def run(choice: ModelChoice, options: GenerateOptions, decoding: DecodingConfig)
     from qlora_pl.inference.answer_file import AnswerFile, line_of
     from qlora_pl.inference.answering import Answerer, TooLong
     from qlora_pl.inference.loading import load
-    from qlora_pl.inference.machine import best_device
+    from qlora_pl.inference.machine import place_of
     from qlora_pl.inference.prompts import read_prompts
 
     source = resolve_source(choice)
@@ -119,7 +119,7 @@ def run(choice: ModelChoice, options: GenerateOptions, decoding: DecodingConfig)
         return 0
     for assumed in source.assumed:
         logger.warning("No file says it, so this is assumed: %s.", assumed)
-    model = load(source, best_device(), choice.cache_dir, choice.trust_remote_code)
+    model = load(source, place_of(choice), choice.cache_dir, choice.trust_remote_code)
     answerer = Answerer(model, decoding, options.batch_size, options.raw)
     by_row = {prompt.row: prompt for prompt in prompts}
     bar = progress(len(prompts) * len(names))

@@ -17,14 +17,16 @@ from qlora_pl.data.encoding.encoder_choice import choose_encoder
 from qlora_pl.data.encoding.tokenizer import load_tokenizer
 from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import AdapterFolderError
+from qlora_pl.inference.machine import Place
 from qlora_pl.inference.source import KEY, ModelSource
 from qlora_pl.modeling.adapters import keep_adapters_in
 from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
-from qlora_pl.modeling.identity import identify_base, refuse_unpinned_code
-from qlora_pl.modeling.loading import load_base
+from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
+from qlora_pl.modeling.loading import LoadedBase, load_base
 from qlora_pl.modeling.peft_folder import other_kind, read_config, read_tensors
-from qlora_pl.modeling.plan import build_skeleton
+from qlora_pl.modeling.plan import QuantizationPlan, build_skeleton
 from qlora_pl.modeling.prequantized import make_plan
+from qlora_pl.modeling.spread_loading import load_spread
 from qlora_pl.modeling.vocabulary import grow_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ class Model:
 
 def load(
     source: ModelSource,
-    device: torch.device,
+    place: Place | torch.device,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
     is_exact: bool = False,
@@ -104,7 +106,7 @@ def load(
 
     Args:
         source: From ``resolve_source``.
-        device: Where the base goes.
+        place: Where the base goes.
         cache_dir: See ``cache_root``.
         trust_remote_code: Whether Python code beside the model may run.
         is_exact: Whether it must compute as in training, without a kernel for inference.
@@ -115,23 +117,11 @@ def load(
     """
     refuse_unpinned_code(source.base, source.revision, trust_remote_code)
     identity = identify_base(source.base, source.revision, cache_dir)
-    if source.weights is not None and identity.weights != source.weights:
-        raise AdapterFolderError(
-            f"The adapter was trained over other weights than those of '{source.base}' "
-            f"(fingerprints {source.weights[:12]} and {identity.weights[:12]}); name its own base "
-            "with --base."
-        )
+    refuse_other_base(source, identity)
     tokenizer = load_tokenizer(source.tokenizer, source.revision, cache_dir)
     skeleton = build_skeleton(identity.folder, "auto", trust_remote_code)
     plan = make_plan(identity.folder, skeleton, source.quantization)
-    base = load_base(
-        identity,
-        source.quantization,
-        plan,
-        device=device,
-        cache_dir=cache_dir,
-        trust_remote_code=trust_remote_code,
-    )
+    base = _load_base(identity, source, plan, place, cache_dir, trust_remote_code)
     if source.vocabulary_size is not None:
         grow_vocabulary(base.model, source.vocabulary_size)
     model: nn.Module = base.model
@@ -146,6 +136,47 @@ def load(
     if not is_exact and base.compute_dtype == torch.bfloat16 and not reads_base_weights(model):
         allow_inference_kernel(model)
     return Model(model, tokenizer, make_encoder(source, tokenizer, base.model), source, biases)
+
+
+def refuse_other_base(source: ModelSource, identity: BaseIdentity) -> None:
+    """An adapter belongs to the weights that it was trained over.
+
+    Raises:
+        AdapterFolderError: if these are others.
+    """
+    if source.weights is not None and identity.weights != source.weights:
+        raise AdapterFolderError(
+            f"The adapter was trained over other weights than those of '{source.base}' "
+            f"(fingerprints {source.weights[:12]} and {identity.weights[:12]}); name its own base "
+            "with --base."
+        )
+
+
+def _load_base(
+    identity: BaseIdentity,
+    source: ModelSource,
+    plan: QuantizationPlan,
+    place: Place | torch.device,
+    cache_dir: str | None,
+    trust_remote_code: bool,
+) -> LoadedBase:
+    if isinstance(place, torch.device) or place.memory is None:
+        return load_base(
+            identity,
+            source.quantization,
+            plan,
+            device=place if isinstance(place, torch.device) else place.device,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+        )
+    return load_spread(
+        identity,
+        source.quantization,
+        plan,
+        memory=place.memory,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def make_encoder(source: ModelSource, tokenizer: Any, model: Any) -> Encoder:

@@ -86,7 +86,7 @@ def test_nothing_is_uploaded() -> None:
             if isinstance(node, ast.keyword) and node.arg == "push_to_hub":
                 raise AssertionError(file)
             if isinstance(node, ast.Import | ast.ImportFrom):
-                text = ast.unparse(node)
+                text = ast.unparse(node).replace("starlette.requests", "")  # what comes in
                 assert not any(client in text for client in ("requests", "httpx", "urllib.request"))
 
 
