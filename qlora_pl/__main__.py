@@ -25,7 +25,7 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "generate": "Answer prompts with an adapter folder, or with a model alone.",
-    "chat": "Talk to an adapter, or to a model alone, in the terminal.",
+    "chat": "Talk to an adapter, or to a model alone, in the terminal or on a page.",
     "serve": "Answer HTTP requests in OpenAI's format with an adapter, or a model alone.",
     "merge": "Put an adapter into its base, and measure what that changes.",
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",

@@ -84,6 +84,7 @@ HEAVY = {
     "starlette",
     "uvicorn",
     "tqdm",
+    "gradio",
 }
 MAY_USE: dict[str, set[str]] = {
     "__main__": set(),
@@ -124,6 +125,8 @@ MAY_USE: dict[str, set[str]] = {
     "inference.machine": {"torch", "accelerate"},
     "inference.loading": {"torch", "peft", "bitsandbytes"},
     "chat": {"torch"},
+    "chat.page": {"gradio"},
+    "chat.website": {"gradio", "starlette"},
     "serving": {"numpy", "starlette", "uvicorn"},
     "merging": {"torch", "numpy", "safetensors", "transformers", "tqdm"},
     "merging.requantizing": {"torch", "bitsandbytes"},
