@@ -34,7 +34,8 @@ MODEL_FILES = (
     "generation_config.json",
     "merge.json",
 )
-RECORDS = ("README.md", "manifest.json", "run.yaml")
+CARD = "README.md"
+RECORDS = (CARD, "manifest.json", "run.yaml")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -159,6 +160,12 @@ def _name_the_base(place: Path, options: ExportOptions) -> None:
         if path.is_file():
             text = path.read_text(encoding="utf-8").replace(json.dumps(said)[1:-1], said)
             write_atomic(path, text.replace(said, options.base_repo))
+    if (place / CARD).is_file():
+        from huggingface_hub import ModelCard  # slow to import
+
+        card = ModelCard.load(place / CARD)
+        card.data.base_model = options.base_repo
+        card.save(place / CARD)
 
 
 def _base_named(place: Path) -> str | None:

@@ -17,7 +17,8 @@ from families import Saver
 from exporting.test_plain_adapter import save_adapter
 from qlora_pl.exporting import gguf_file, llama_cpp
 from qlora_pl.exporting.distance import in_words
-from qlora_pl.merging.scoring import Score, held_out_rows
+from qlora_pl.merging.scored_rows import held_out_rows
+from qlora_pl.merging.scoring import Score
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,22 @@ def test_products_in_bfloat16_may_use_the_kernel_for_inference_but_for_dora(
         model = loaded(tmp_path / method / "adapter").model
         difference = (logits(model).float() - expected).abs().max()
         assert difference == 0 if method == "dora" else difference < 0.1
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+def test_adapters_that_are_cast_once_give_the_bytes_of_those_cast_for_every_token(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, compute: str
+) -> None:
+    monkeypatch.setattr("qlora_pl.inference.loading.allow_inference_kernel", lambda _: None)
+    source = resolve_source(ModelChoice(adapter=(str(adapter),)))
+    source = replace(source, quantization=replace(source.quantization, compute_dtype=compute))
+    answering, exact = load(source, CPU), load(source, CPU, is_exact=True)
+    for name in ("adapter", None, "adapter"):
+        with answering.answering_as(name) as model, exact.answering_as(name) as other:
+            assert torch.equal(logits(model), logits(other))
+    for loaded, kept in ((answering, getattr(torch, compute)), (exact, torch.float32)):
+        tensors = [t for n, t in loaded.model.named_parameters() if "lora_" in n]
+        assert {tensor.dtype for tensor in tensors} == {kept}
 
 
 def test_several_adapters_answer_by_name(
