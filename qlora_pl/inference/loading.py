@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlora_pl.data.encoding.encoder import Encoder
 from qlora_pl.data.encoding.encoder_choice import choose_encoder
-from qlora_pl.data.encoding.tokenizer import load_tokenizer
+from qlora_pl.data.encoding.tokenizer import load_model_config, load_tokenizer
 from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import AdapterFolderError
 from qlora_pl.inference.machine import Place
@@ -117,12 +117,7 @@ def load(
     """
     refuse_unpinned_code(source.base, source.revision, trust_remote_code)
     identity = identify_base(source.base, source.revision, cache_dir)
-    if source.weights is not None and identity.weights != source.weights:
-        raise AdapterFolderError(
-            f"The adapter was trained over other weights than those of '{source.base}' "
-            f"(fingerprints {source.weights[:12]} and {identity.weights[:12]}); name its own base "
-            "with --base."
-        )
+    refuse_other_base(source, identity)
     tokenizer = load_tokenizer(source.tokenizer, source.revision, cache_dir)
     skeleton = build_skeleton(identity.folder, "auto", trust_remote_code)
     plan = make_plan(identity.folder, skeleton, source.quantization)
@@ -143,6 +138,20 @@ def load(
         if base.compute_dtype == torch.bfloat16:
             allow_inference_kernel(model)
     return Model(model, tokenizer, make_encoder(source, tokenizer, base.model), source, biases)
+
+
+def refuse_other_base(source: ModelSource, identity: BaseIdentity) -> None:
+    """An adapter belongs to the weights that it was trained over.
+
+    Raises:
+        AdapterFolderError: if these are others.
+    """
+    if source.weights is not None and identity.weights != source.weights:
+        raise AdapterFolderError(
+            f"The adapter was trained over other weights than those of '{source.base}' "
+            f"(fingerprints {source.weights[:12]} and {identity.weights[:12]}); name its own base "
+            "with --base."
+        )
 
 
 def _load_base(
@@ -175,6 +184,11 @@ def _load_base(
 def make_encoder(source: ModelSource, tokenizer: Any, model: Any) -> Encoder:
     """What makes prompts as in training.
 
+    Args:
+        source: Says how.
+        tokenizer: Its tokenizer.
+        model: The model, or its configuration.
+
     Raises:
         ConfigurationError: if the tokenizer lacks what the template needs.
     """
@@ -187,6 +201,18 @@ def make_encoder(source: ModelSource, tokenizer: Any, model: Any) -> Encoder:
         append_eos=True,
         max_target_length=1 if is_original else None,  # of answers, none of which is encoded
         has_encoder=is_encoder_decoder(model),
+    )
+
+
+def load_encoder(source: ModelSource, cache_dir: str | None = None) -> Encoder:
+    """The same without the model's weights.
+
+    Raises:
+        ConfigurationError: if there is no tokenizer, or it lacks what the template needs.
+    """
+    tokenizer = load_tokenizer(source.tokenizer, source.revision, cache_dir)
+    return make_encoder(
+        source, tokenizer, load_model_config(source.base, source.revision, cache_dir)
     )
 
 

@@ -83,9 +83,9 @@ def serve_command(words: Sequence[str]) -> int:
             logger.warning("No file says it, so this is assumed: %s.", assumed)
         # Imported here: a mistake in the flags is told at once.
         from qlora_pl.inference.loading import load
-        from qlora_pl.inference.machine import best_device
+        from qlora_pl.inference.machine import place_of
 
-        model = load(source, best_device(), choice.cache_dir, choice.trust_remote_code)
+        model = load(source, place_of(choice), choice.cache_dir, choice.trust_remote_code)
         serve(model, place, options.batch_size, decoding, "seed" in drawn, key)
     return 0
 

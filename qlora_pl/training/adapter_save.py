@@ -8,7 +8,7 @@ empty or half-gathered adapter is found at step 1, not after days.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from qlora_pl.data.encoding.served_template import served_tokenizer
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import sha256_file
 from qlora_pl.modeling.adapter_folder import (
@@ -33,6 +34,7 @@ from qlora_pl.modeling.evaluation_mode import evaluation_mode
 from qlora_pl.modeling.loading import bitsandbytes_config
 from qlora_pl.modeling.model_folder import read_tensor_digests, write_model_folder
 from qlora_pl.modeling.parameters import adapter_tensors
+from qlora_pl.training.card_facts import lasting_facts, losses_so_far
 from qlora_pl.training.run_folder import recorded_digest
 
 PROBE_TOKENS = 64
@@ -59,6 +61,8 @@ class AdapterSaver:
         self.save_held_out = save_held_out
         self._held_out: dict[str, np.ndarray] | None = None
         self._companions: dict[str, bytes] | None = None
+        self._facts: dict[str, Any] | None = None
+        self._tokenizer: Any = None
 
     def prepare(
         self,
@@ -85,10 +89,16 @@ class AdapterSaver:
         """
         model: Any = module.model
         data = getattr(trainer, "datamodule", None)
-        tokenizer = data.tokenizer if data is not None else None
-        manifest, run_yaml = make_manifest(module, data, step), _run_yaml(folder.parents[1])
+        run_yaml = _run_yaml(folder.parents[1])
+        if self._facts is None:
+            self._facts = lasting_facts(module, data, run_yaml)
+        card = self._facts | {"history": losses_so_far(trainer, step)}
+        manifest = replace(make_manifest(module, data, step), card=card)
         if self._held_out is None and self.save_held_out and data is not None:
             self._held_out = held_out_rows(data)
+        if self._tokenizer is None and data is not None:
+            self._tokenizer = served_tokenizer(data.encoder)
+        tokenizer = self._tokenizer
         if module.product == "model":
             return _model_save(folder, model, tokenizer, manifest, run_yaml, self._held_out)
         tensors = adapter_tensors(

@@ -172,6 +172,7 @@ def test_commands_do_what_they_say(
     answers = out.splitlines()
     assert answers[0] == answers[1] != answers[2]
     assert "There are adapter, base." in said
+    assert said.count("A greedy answer comes again as it was") == 1  # not from the base
     assert "/reset         forget what was said" in said
     saved = json.loads(Path("talk.json").read_text())["messages"]
     assert [m["role"] for m in saved] == ["user", "assistant"]

@@ -208,7 +208,7 @@ class Encoder:
 
     def _bos(self, rendering: Rendering) -> list[int]:
         # A chat template may have written the token itself; twice would be a different prompt.
-        first = rendering.segments[0]
+        first = rendering.segments[0] if rendering.segments else Segment("")
         is_written = not first.is_content and first.text.startswith(self._bos_token or "\0")
         return [self._bos_id] if self._adds_bos and not is_written else []
 
@@ -240,6 +240,10 @@ class Encoder:
             )
             for place in self._kept(examples)
         ]
+
+    def spells_control(self, conversation: Conversation) -> bool:
+        """Whether a message's own text spells a control token."""
+        return self._text_tokenizer.spells_control(conversation)
 
     @property
     def control_pattern(self) -> re.Pattern[str] | None:

@@ -57,12 +57,9 @@ class OriginalEncoder(Encoder):
         eos = self._eos_token if self.append_eos else ""
         targets = self._tokenize([target + eos for _, target in pairs])
         return [
-            [self._pair(source, target)._replace(spells_control=self._spells_control(conversation))]
+            [self._pair(source, target)._replace(spells_control=self.spells_control(conversation))]
             for conversation, source, target in zip(conversations, sources, targets, strict=True)
         ]
-
-    def _spells_control(self, conversation: Conversation) -> bool:
-        return self._text_tokenizer.spells_control(conversation)
 
     def _texts(self, conversation: Conversation) -> tuple[str, str]:
         if conversation.is_plain_text:
@@ -94,7 +91,7 @@ class OriginalEncoder(Encoder):
         asked, answered = self._text_tokenizer.encode(whole, [False, False])
         shifted = [(start + len(texts[0]), end + len(texts[0])) for start, end in answered.spans()]
         example = self._pair(asked.ids, answered.ids)._replace(
-            spells_control=self._spells_control(conversation)
+            spells_control=self.spells_control(conversation)
         )
         return [TracedExample(example, "".join(texts), [*asked.spans(), *shifted])]
 

@@ -1,0 +1,1 @@
+"""What was trained -> the formats of other engines."""

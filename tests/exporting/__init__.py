@@ -1,0 +1,1 @@
+"""What was trained, as other engines read it."""

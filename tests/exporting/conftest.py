@@ -1,0 +1,5 @@
+"""The trained adapter that is exported."""
+
+from trained import adapter, other_base, run, type_in
+
+__all__ = ["adapter", "other_base", "run", "type_in"]
