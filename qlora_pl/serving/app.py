@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import hmac
-import ipaddress
 import json
 import logging
 import secrets
@@ -24,6 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from qlora_pl.chat.address import is_loopback
 from qlora_pl.errors import QLoRAError
 from qlora_pl.inference.answering import Answerer, Encoded, TooLong
 from qlora_pl.inference.loading import Model, make_encoder
@@ -267,12 +267,7 @@ def make_app(service: Service) -> Starlette:
 
 def is_own_name(host: str) -> bool:
     """Whether a name can only mean this machine."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return host.lower().endswith(".localhost") or is_loopback(host)
 
 
 def _told(route: Route) -> Route:
