@@ -28,7 +28,7 @@ quickstart: $(VENV)/quickstart.done  ## install, prepare a small model, train it
 test: $(VENV)/dev.done  ## all tests but the slow ones and those that need a GPU (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-all: $(VENV)/dev.done  ## the slow ones too
+test-all: $(VENV)/browser.done  ## the slow ones too; those of the web page drive a Chromium, if there is one
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 llama-cpp: $(VENV)/llama-cpp.done  ## llama.cpp and its converters, which test-all then uses (4 to 10 minutes on 2 cores)
@@ -86,4 +86,8 @@ $(VENV)/llama-cpp.done: $(VENV)/dev.done
 	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary llama-cpp-python --dest .cache/llama.cpp $(LLAMA_CPP)
 	$(PIP) .cache/llama.cpp/llama_cpp_python-*.tar.gz
 	tar --extract --gzip --file .cache/llama.cpp/llama_cpp_python-*.tar.gz --directory .cache/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_*_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	@touch $@
+
+$(VENV)/browser.done: $(VENV)/dev.done
+	$(PIP) --editable ".[browser]"
 	@touch $@

@@ -36,6 +36,7 @@ CHECKS = (
     Check("resume", "resuming.proof", "a", 150, "killed and resumed, byte by byte"),
     Check("tests", "suite.gpu_tests", "c", 200, "pytest -m gpu"),
     Check("speed", "speed.speed", ALONE, 170, "seconds of steps, loading, saves and leaving"),
+    Check("answers", "answering.answering", ALONE, 110, "answers alone and in batches, tokens/s"),
     Check("plan", "memory.plan", ALONE, 90, "memory of a step against its estimate"),
 )
 """Checks of one lane share runs, which the first of them makes."""

@@ -25,7 +25,8 @@ TRAINER_COMMANDS = {
 }
 OTHER_COMMANDS = {
     "generate": "Answer prompts with an adapter folder, or with a model alone.",
-    "chat": "Talk to an adapter, or to a model alone, in the terminal.",
+    "chat": "Talk to an adapter, or to a model alone, in the terminal or on a page.",
+    "serve": "Answer HTTP requests in OpenAI's format with an adapter, or a model alone.",
     "merge": "Put an adapter into its base, and measure what that changes.",
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
@@ -79,7 +80,7 @@ def main() -> int:
     try:
         if command in TRAINER_COMMANDS:
             return run_trainer_command()
-        if command in ("generate", "chat", "merge", "export"):
+        if command in ("generate", "chat", "serve", "merge", "export"):
             return run_with_adapter(command)
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
@@ -127,6 +128,10 @@ def run_with_adapter(command: str) -> int:
         from qlora_pl.chat.command import chat_command
 
         return chat_command(sys.argv[2:])
+    if command == "serve":
+        from qlora_pl.serving.command import serve_command
+
+        return serve_command(sys.argv[2:])
     from qlora_pl.inference.generate import generate_command
 
     return generate_command(sys.argv[2:])

@@ -129,15 +129,15 @@ def report(runs: Path) -> None:
     print(f"Adapter: {run / 'adapter'}\n")
     for sample in _samples(run / "samples.jsonl", metrics["step"]):
         print(f"  {sample}")
+    asking = f'--adapter {run / "adapter"} --compare --prompt "What does NF4 stand for?"'
     programs = os.path.relpath(Path(sys.executable).parent)
-    load = f"AutoPeftModelForCausalLM.from_pretrained('{run / 'adapter'}')"
     print(
         f"""
 Next:
+  {programs}/qlora-pl generate {asking}
+      ask the adapter, and its base beside it; `qlora-pl chat` talks to it
   {programs}/tensorboard --logdir {runs.parent}
       curves, settings, and answers before and after
-  {programs}/python -c "from peft import AutoPeftModelForCausalLM; {load}"
-      any PEFT program loads the adapter
   {programs}/qlora-pl fit --config {EXPERIMENT} --model.model_name_or_path OWNER/MODEL
       the same experiment on your own model"""
     )

@@ -6,15 +6,13 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from cards import blocks
 from torch import nn
 
 
 def reload_with_plain_peft(folder: Path) -> nn.Module:
     """The model that an adapter folder's README loads, on the CPU, kept fit for training."""
-    card = (folder / "README.md").read_text()
-    lines = [line[4:] for line in card.splitlines() if line.startswith("    ")]
-    code = "\n".join(lines).replace('Path(".")', f"Path({str(folder)!r})")
-    code = code.replace('device_map={"": 0}', 'device_map={"": "cpu"}')
+    code = blocks(folder, "python")[0].replace('Path(".")', f"Path({str(folder)!r})")
     scope: dict[str, Any] = {}
     try:
         exec(code, scope)

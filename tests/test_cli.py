@@ -67,7 +67,7 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown command": (
         ("deploy",),
         "no command is called 'deploy' (there are fit, validate, test, predict, generate, chat, "
-        "merge, inspect, prove-resume).",
+        "serve, merge, export, inspect, prove-resume).",
     ),
     "key": (
         (*FIT, "--model.lora.rank", "4"),

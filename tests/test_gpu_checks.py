@@ -27,6 +27,7 @@ CLAIMS = {
     "shortage": 3,
     "resume": 3,
     "speed": 3,
+    "answers": 2,
     "plan": 3,
 }
 """How many a rehearsal comes to; a check that ended early would have fewer."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from qlora_pl.chat.streaming import TextStream
+from qlora_pl.chat.streaming import UNFINISHED, TextStream
 from qlora_pl.data.conversation import Conversation, Message
-from qlora_pl.errors import DatasetFormatError
+from qlora_pl.errors import DatasetFormatError, HardwareError
 from qlora_pl.files import write_atomic
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.source import BASE
@@ -41,6 +42,8 @@ class Chat:
         self.turns: list[Message] = []
         self.num_forgotten = 0
         """Of the oldest messages, which the last prompt had no room for."""
+        self.inherited: list[str] = []
+        """Who went on with each of the first turns, before this one took over."""
         self._tries = 0
 
     def ask(
@@ -51,32 +54,53 @@ class Chat:
     ) -> RowAnswer:
         """Say something, and get an answer piece by piece.
 
+        A question before it that was left without an answer is forgotten: templates know a
+        question after an answer only.
+
         Args:
             text: What is said.
             emit: Told each piece of the answer.
-            should_stop: Asked after each token whether to leave the answer as it is.
+            should_stop: Asked before and after each token whether to leave the answer as it is.
 
         Raises:
             DatasetFormatError: if not even this alone leaves room for an answer.
+            HardwareError: if the conversation does not fit into memory.
         """
-        self.turns.append(Message("user", text))
         self._tries = 0
-        return self._answer(emit, should_stop)
+        return self._answer(self.asking(text), emit, should_stop)
 
     def retry(
         self, emit: Callable[[str], None], should_stop: Callable[[], bool] = lambda: False
     ) -> RowAnswer | None:
-        """Answer the last question once more, by other draws; None if nothing was asked."""
+        """Answer the last question once more, by other draws; None if nothing was asked.
+
+        Raises:
+            DatasetFormatError: if the question no longer leaves room for an answer.
+            HardwareError: if the conversation does not fit into memory.
+        """
         if not self.turns:
             return None
-        if self.turns[-1].role == "assistant":
-            self.turns.pop()
         self._tries += 1
-        return self._answer(emit, should_stop)
+        return self._answer(self.asking(None), emit, should_stop)
+
+    def asking(self, text: str | None) -> list[Message]:
+        """The turns that an answer is to follow: up to a text, or to the last question (None)."""
+        is_answered = bool(self.turns) and self.turns[-1].role == "assistant"
+        if text is None:
+            return self.turns[:-1] if is_answered else list(self.turns)
+        return [*(self.turns if is_answered else self.turns[:-1]), Message("user", text)]
+
+    def fork(self, name: str) -> Chat:
+        """The same conversation, which another adapter, or ``base``, goes on with."""
+        other = Chat(self.model, self.decoding, name, self.system)
+        other.turns = list(self.turns)
+        num_own = len(self.turns) - len(self.inherited)
+        other.inherited = [*self.inherited, *[self.name] * num_own]
+        return other
 
     def reset(self) -> None:
         """Forget what was said; the system message stays."""
-        self.turns = []
+        self.turns, self.inherited = [], []
 
     def save(self, path: Path) -> None:
         """Write the conversation as a row of ``messages``, which ``fit`` and ``generate`` read.
@@ -84,18 +108,42 @@ class Chat:
         Raises:
             TrainingStoppedError: if it cannot be written.
         """
+        write_atomic(path, self.as_line())
+
+    def as_line(self) -> str:
+        """The conversation as that row, a line of JSON."""
         messages = [{"role": m.role, "content": m.content} for m in self._messages(self.turns)]
-        write_atomic(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
     def _messages(self, turns: list[Message]) -> list[Message]:
         return [Message("system", self.system), *turns] if self.system else turns
 
-    def _answer(self, emit: Callable[[str], None], should_stop: Callable[[], bool]) -> RowAnswer:
+    def _answer(
+        self, asked: list[Message], emit: Callable[[str], None], should_stop: Callable[[], bool]
+    ) -> RowAnswer:
+        """Answer turns that end with a question; what was said before is kept if that fails."""
+        before = self.turns, self.inherited
+        self.turns, self.inherited = asked, self.inherited[: len(asked)]
         try:
-            ids = self._prompt()
-        except DatasetFormatError:
-            self.turns.pop()
+            answer = self._generate(self._prompt(), emit, should_stop)
+        except torch.OutOfMemoryError as error:
+            self.turns, self.inherited = before
+            raise HardwareError(
+                "The conversation does not fit into memory; begin a new one, or ask for shorter "
+                "answers with --max-new-tokens."
+            ) from error
+        except BaseException:
+            self.turns, self.inherited = before
             raise
+        if answer.text or answer.stop_reason != "interrupted":
+            self.turns = [*asked, Message("assistant", answer.text)]
+        return answer
+
+    def _generate(
+        self, ids: list[int], emit: Callable[[str], None], should_stop: Callable[[], bool]
+    ) -> RowAnswer:
+        if should_stop():
+            return RowAnswer([], "", "interrupted")
         encoder = self.model.encoder
         stream = TextStream(self.model.tokenizer.decode, emit, encoder.stop_ids, self.decoding.stop)
         given = torch.tensor([ids], device=self.model.device)
@@ -111,8 +159,8 @@ class Chat:
                 should_stop,
                 streamer=stream,
             )
-        self.turns.append(Message("assistant", answer.text))
-        return answer
+        # Cut in the middle of a character, which the stream has not shown either.
+        return replace(answer, text=answer.text.rstrip(UNFINISHED).rstrip())
 
     def _prompt(self) -> list[int]:
         """Ids of as many of the newest turns as leave room for a whole answer."""

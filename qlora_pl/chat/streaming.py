@@ -47,14 +47,15 @@ class TextStream:
         self._tell(self._ids, is_last=True)
 
     def _tell(self, ids: list[int], is_last: bool) -> None:
-        text = self._decode(ids).lstrip()
+        text = self._decode(ids)
         ends = [place for place in (text.find(mark) for mark in self._stop) if place >= 0]
         if ends:
             text = text[: min(ends)]
         elif not is_last:
             text = text[: len(text) - held_back(text, self._stop)]
+        text = text.lstrip()  # not before: a text that ends the answer may begin with a line break
         if is_last:
-            text = text.rstrip()
+            text = text.rstrip(UNFINISHED).rstrip()  # cut at a length, within a character
         if len(text) > self._told:
             self._emit(text[self._told :])
             self._told = len(text)

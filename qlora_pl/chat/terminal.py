@@ -83,7 +83,10 @@ def obey(chat: Any, line: str) -> bool:
         chat.system = rest or None
         chat.reset()
     elif command == "/retry":
+        before = chat.turns[-1:]
         answer(chat, chat.retry)
+        if before == chat.turns[-1:] and before and not chat.decoding.do_sample:
+            print("(A greedy answer comes again as it was; --do-sample draws.)", file=sys.stderr)
     elif command == "/adapter":
         names = [*chat.model.adapters, BASE]
         if rest not in names:

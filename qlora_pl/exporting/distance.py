@@ -17,7 +17,8 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.loading import load
 from qlora_pl.inference.machine import best_device
 from qlora_pl.inference.source import ModelChoice, ModelSource, resolve_source
-from qlora_pl.merging.scoring import Score, ScoredRow, held_out_rows, score, write_reference
+from qlora_pl.merging.scored_rows import ScoredRow, held_out_rows
+from qlora_pl.merging.scoring import Score, score, write_reference
 from qlora_pl.modeling.quantization import resolve_compute_dtype
 
 logger = logging.getLogger(__name__)

@@ -29,6 +29,12 @@ from qlora_pl.exporting.gguf_file import (
 )
 from qlora_pl.exporting.llama_tokens import compare_with_llama_cpp
 from qlora_pl.exporting.options import ExportOptions
+from qlora_pl.exporting.parity import (
+    check_parity,
+    llama_cpp_ids,
+    llama_cpp_template,
+    served_encoder,
+)
 from qlora_pl.exporting.plain_adapter import PlainAdapter, plain_adapter
 from qlora_pl.files import atomic_folder, write_atomic, write_json
 from qlora_pl.inference.loading import load_encoder
@@ -43,6 +49,7 @@ MERGED_FOLDER = "merged"
 ADAPTER_FOLDER = "adapter"
 RECORD = "export.json"
 CARD = "README.md"
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +74,15 @@ def export_gguf(source: ModelSource, choice: ModelChoice, options: ExportOptions
     Raises:
         QLoRAError: if something is missing, or a converter fails; nothing is left then.
     """
+    encoder = served_encoder(source, choice)
+    template = llama_cpp_template(encoder)
+    ways = {"the chat template": llama_cpp_ids(encoder.tokenizer, template)}
+    parity = check_parity(encoder, ways, next(iter(source.adapters.values()), None))
     output = Path(str(options.output)).expanduser()
     with atomic_folder(output) as place:
         done = write_gguf(source, choice, options, place, output)
-        text = "\n\n".join([*done.texts, _how_to_run(done, source, output)])
+        write_atomic(place / TEMPLATE, template)
+        text = "\n\n".join([*done.texts, parity.in_words(), _how_to_run(done, source, output)])
         write_json(place / RECORD, {"to": "gguf", "base": source.base, **done.record})
         write_atomic(place / CARD, f"# {_title(done, source)}\n\n{text}\n")
     return f"{text}\n\nexport: {output}"
@@ -222,6 +234,8 @@ def _title(done: GGUFExport, source: ModelSource) -> str:
 
 
 def _how_to_run(done: GGUFExport, source: ModelSource, output: Path) -> str:
+    # A base's own template is in its file, and an adapter's file has none.
+    template = f"--jinja --chat-template-file {output / TEMPLATE}"
     lines = []
     if not done.is_converted:
         lines += ["Make the file with llama.cpp's converter:", "", f"    {done.command}", ""]
@@ -230,8 +244,8 @@ def _how_to_run(done: GGUFExport, source: ModelSource, output: Path) -> str:
             "It is read over the base in 16 bits, whose file the first command makes:",
             "",
             f"    qlora-pl export --to gguf --model {source.base} --output base --convert",
-            f"    llama-server -m base/{MODEL_FILE} --lora {output / ADAPTER_FILE}",
+            f"    llama-server -m base/{MODEL_FILE} --lora {output / ADAPTER_FILE} {template}",
         ]
     else:
-        lines += ["Serve it:", "", f"    llama-server -m {output / MODEL_FILE}"]
+        lines += ["Serve it:", "", f"    llama-server -m {output / MODEL_FILE} {template}"]
     return "\n".join(lines)

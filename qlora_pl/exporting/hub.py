@@ -19,9 +19,8 @@ from typing import Any
 from qlora_pl.data.encoding.served_template import served_tokenizer
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.exporting.options import ExportOptions
-from qlora_pl.exporting.parity import check_parity, refuse_pairs, tokenizer_folder_ids
+from qlora_pl.exporting.parity import check_parity, served_encoder, tokenizer_folder_ids
 from qlora_pl.files import atomic_folder, sha256_file, write_atomic, write_json
-from qlora_pl.inference.loading import load_encoder
 from qlora_pl.inference.source import ModelChoice, ModelSource
 from qlora_pl.modeling.adapter_folder import HELD_OUT
 from qlora_pl.redaction import redact
@@ -35,7 +34,8 @@ MODEL_FILES = (
     "generation_config.json",
     "merge.json",
 )
-RECORDS = ("README.md", "manifest.json", "run.yaml")
+CARD = "README.md"
+RECORDS = (CARD, "manifest.json", "run.yaml")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -62,8 +62,7 @@ def export_hub(source: ModelSource, choice: ModelChoice, options: ExportOptions)
     if options.repo is None or not REPO.fullmatch(options.repo):
         raise ConfigurationError("--repo: name the repository on the Hub, as OWNER/NAME.")
     api = _api()
-    encoder = load_encoder(source, choice.cache_dir)
-    refuse_pairs(source, encoder)
+    encoder = served_encoder(source, choice)
     output = Path(str(options.output)).expanduser()
     folder = next(iter(source.adapters.values()), None)
     with atomic_folder(output) as place:
@@ -161,6 +160,12 @@ def _name_the_base(place: Path, options: ExportOptions) -> None:
         if path.is_file():
             text = path.read_text(encoding="utf-8").replace(json.dumps(said)[1:-1], said)
             write_atomic(path, text.replace(said, options.base_repo))
+    if (place / CARD).is_file():
+        from huggingface_hub import ModelCard  # slow to import
+
+        card = ModelCard.load(place / CARD)
+        card.data.base_model = options.base_repo
+        card.save(place / CARD)
 
 
 def _base_named(place: Path) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from qlora_pl.data.encoding.encoder import Encoder
@@ -16,9 +15,8 @@ from qlora_pl.exporting.answer_settings import AnswerSettings, answer_settings
 from qlora_pl.exporting.gguf import ADAPTER_FILE, MODEL_FILE, GGUFExport, write_gguf
 from qlora_pl.exporting.go_template import go_template
 from qlora_pl.exporting.options import ExportOptions
-from qlora_pl.exporting.parity import check_parity, refuse_pairs, text_ids
+from qlora_pl.exporting.parity import check_parity, less_bos, served_encoder, text_ids
 from qlora_pl.files import atomic_folder, write_atomic, write_json
-from qlora_pl.inference.loading import load_encoder
 from qlora_pl.inference.source import ModelChoice, ModelSource
 
 MODELFILE = "Modelfile"
@@ -44,8 +42,7 @@ def export_ollama(source: ModelSource, choice: ModelChoice, options: ExportOptio
         QLoRAError: if the template is outside the subset, prompts differ, or the GGUF export fails;
             nothing is left then.
     """
-    encoder = load_encoder(source, choice.cache_dir)
-    refuse_pairs(source, encoder)
+    encoder = served_encoder(source, choice)
     joints = ollama_joints(encoder)
     folder = next(iter(source.adapters.values()), None)
     parity = check_parity(encoder, {WAY: text_ids(encoder.tokenizer, joints)}, folder)
@@ -90,14 +87,7 @@ def ollama_joints(encoder: Encoder) -> Joints:
             f"--to: the template '{encoder.template.name}' cannot be written as a Modelfile's: it "
             f"{what}; vllm and gguf take it as it is."
         )
-    bos = encoder.tokenizer.bos_token or ""
-    adds_bos = (
-        bool(bos) and encoder.tokenizer("a")["input_ids"][0] == encoder.tokenizer.bos_token_id
-    )
-    if not adds_bos:
-        return joints
-    system = None if joints.system is None else joints.system.removeprefix(bos)
-    return replace(joints, opening=joints.opening.removeprefix(bos), system=system)
+    return less_bos(joints, encoder.tokenizer)
 
 
 def _rewrites(encoder: Encoder, joints: Joints) -> str | None:

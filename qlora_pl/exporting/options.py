@@ -7,7 +7,7 @@ from typing import Literal
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.merging.merge import THRESHOLD
-from qlora_pl.merging.scoring import SCORE_TOKENS
+from qlora_pl.merging.scored_rows import SCORE_TOKENS
 
 Target = Literal["vllm", "gguf", "ollama", "hub"]
 Form = Literal["merged", "adapter"]

@@ -7,7 +7,7 @@ otherwise: a second BOS, a space, another template. So every export compares bef
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,21 @@ from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.encoding.encoder import Encoder
 from qlora_pl.data.encoding.served_template import (
     Ids,
+    as_dicts,
     chat_template_ids,
     comparable,
     differences,
     encoder_joints,
 )
 from qlora_pl.data.encoding.tokenizer import load_tokenizer
+from qlora_pl.data.templates.chat_template import ChatTemplate
 from qlora_pl.data.templates.example_conversations import EXAMPLES
 from qlora_pl.data.templates.joints import Joints
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.inference.source import ModelSource
+from qlora_pl.inference.loading import load_encoder
+from qlora_pl.inference.source import ModelChoice, ModelSource
 from qlora_pl.modeling.adapter_folder import HELD_OUT
+from qlora_pl.modeling.identity import locate_base
 
 SHOWN = 3
 """Differences that are shown, at most."""
@@ -115,6 +119,57 @@ def tokenizer_folder_ids(folder: Path) -> Ids:
     return chat_template_ids(tokenizer)
 
 
+def puts_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer begins every text with BOS, and so llama.cpp, which is told by its file.
+
+    Of two, one written and one put there, llama.cpp warns at most.
+    """
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def less_bos(joints: Joints, tokenizer: Any) -> Joints:
+    """What is left to write for an engine that puts BOS first where the tokenizer does."""
+    if not puts_bos(tokenizer):
+        return joints
+    bos = tokenizer.bos_token
+    system = None if joints.system is None else joints.system.removeprefix(bos)
+    return replace(joints, opening=joints.opening.removeprefix(bos), system=system)
+
+
+def llama_cpp_template(encoder: Encoder) -> str:
+    """Jinja for llama.cpp, which puts BOS first itself and removes one that a template wrote.
+
+    Raises:
+        ConfigurationError: if the template is no text between messages.
+    """
+    if isinstance(encoder.template, ChatTemplate):
+        return encoder.template.definition()["jinja"]
+    try:
+        return less_bos(encoder_joints(encoder), encoder.tokenizer).jinja()
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"data.template: '{encoder.template.name}' cannot be written in Jinja: it {error}."
+        ) from error
+
+
+def llama_cpp_ids(tokenizer: Any, source: str) -> Ids:
+    """Prompts as llama.cpp's server makes them of Jinja, with the tokenizer in its place."""
+    beginning = tokenizer.bos_token if puts_bos(tokenizer) else ""
+
+    def ids(conversation: Conversation) -> list[int]:
+        text: str = tokenizer.apply_chat_template(
+            as_dicts(conversation),
+            chat_template=source,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        found: list[int] = tokenizer(text.removeprefix(beginning))["input_ids"]
+        return found
+
+    return ids
+
+
 def text_ids(tokenizer: Any, joints: Joints) -> Ids:
     """Prompts of an engine that renders text and has it tokenised whole, BOS included.
 
@@ -130,17 +185,20 @@ def text_ids(tokenizer: Any, joints: Joints) -> Ids:
     return ids
 
 
-def refuse_pairs(source: ModelSource, encoder: Encoder) -> None:
-    """Encoder-decoder models are served otherwise.
+def served_encoder(source: ModelSource, choice: ModelChoice) -> Encoder:
+    """What makes prompts as in training, of a model that chat servers can serve.
 
     Raises:
-        ConfigurationError: for one.
+        ConfigurationError: if the base is not there, or is an encoder-decoder model.
     """
+    locate_base(source.base, source.revision, choice.cache_dir)
+    encoder = load_encoder(source, choice.cache_dir)
     if encoder.is_paired:
         raise ConfigurationError(
             f"--to: '{source.base}' is an encoder-decoder model, which chat servers do not serve; "
             "use it through qlora-pl generate, or merge it."
         )
+    return encoder
 
 
 def held_out_conversations(

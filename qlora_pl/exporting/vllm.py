@@ -16,10 +16,9 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.exporting.answer_settings import AnswerSettings, answer_settings
 from qlora_pl.exporting.distance import as_record, distance_over_16_bits, in_words
 from qlora_pl.exporting.options import ExportOptions
-from qlora_pl.exporting.parity import check_parity, refuse_pairs, tokenizer_folder_ids
+from qlora_pl.exporting.parity import check_parity, served_encoder, tokenizer_folder_ids
 from qlora_pl.exporting.plain_adapter import plain_adapter
 from qlora_pl.files import atomic_folder, write_atomic, write_json
-from qlora_pl.inference.loading import load_encoder
 from qlora_pl.inference.source import ModelChoice, ModelSource
 from qlora_pl.modeling.identity import locate_base
 from qlora_pl.modeling.prequantized import is_prequantized
@@ -54,8 +53,7 @@ def export_vllm(source: ModelSource, choice: ModelChoice, options: ExportOptions
     Raises:
         QLoRAError: if prompts differ, or the adapter is more than vLLM reads; nothing is left then.
     """
-    encoder = load_encoder(source, choice.cache_dir)
-    refuse_pairs(source, encoder)
+    encoder = served_encoder(source, choice)
     output = Path(str(options.output)).expanduser()
     folder = next(iter(source.adapters.values()), None)
     with atomic_folder(output) as place:

@@ -50,7 +50,9 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoded:
+    """A prompt as the model reads it."""
+
     prompt: Prompt
     text: str
     ids: list[int]
@@ -98,8 +100,8 @@ class Answerer:
         ahead = self.batch_size * BATCHES_AHEAD
         for start in range(0, len(prompts), ahead):
             found: dict[tuple[int, str], Answer] = {}
-            encoded = [self._encode(prompt) for prompt in prompts[start : start + ahead]]
-            readable = [one for one in encoded if isinstance(one, _Encoded)]
+            encoded = [self.encode(prompt) for prompt in prompts[start : start + ahead]]
+            readable = [one for one in encoded if isinstance(one, Encoded)]
             readable.sort(key=lambda one: len(one.ids), reverse=True)  # the largest batch first
             for name in names:
                 for batch in self._batches(readable):
@@ -117,7 +119,8 @@ class Answerer:
             if should_stop():
                 return
 
-    def _encode(self, prompt: Prompt) -> _Encoded | TooLong:
+    def encode(self, prompt: Prompt) -> Encoded | TooLong:
+        """Text and ids of a prompt that leaves room for an answer."""
         if self.is_raw:
             text = prompt.question
             ids = self.model.tokenizer(text)["input_ids"]
@@ -134,9 +137,9 @@ class Answerer:
                 f"{prompt.where}: the prompt has {len(ids)} tokens, and prompt and answer together "
                 f"may have {min(limits)}; shorten it.",
             )
-        return _Encoded(prompt, text, ids)
+        return Encoded(prompt, text, ids)
 
-    def _batches(self, encoded: Sequence[_Encoded]) -> Iterator[Sequence[_Encoded]]:
+    def _batches(self, encoded: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         start = 0
         while start < len(encoded):
             batch = encoded[start : start + self.batch_size]  # which may shrink meanwhile
@@ -144,7 +147,7 @@ class Answerer:
             yield batch
 
     def _ask(
-        self, batch: Sequence[_Encoded], name: str, should_stop: Callable[[], bool]
+        self, batch: Sequence[Encoded], name: str, should_stop: Callable[[], bool]
     ) -> list[Answer]:
         started = time.perf_counter()
         try:
@@ -179,7 +182,7 @@ class Answerer:
         ]
 
     def _generate(
-        self, model: Any, batch: Sequence[_Encoded], should_stop: Callable[[], bool]
+        self, model: Any, batch: Sequence[Encoded], should_stop: Callable[[], bool]
     ) -> list[RowAnswer]:
         rows = [one.prompt.row for one in batch]
         pad_id = self.model.tokenizer.pad_token_id

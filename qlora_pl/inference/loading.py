@@ -19,7 +19,7 @@ from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import AdapterFolderError
 from qlora_pl.inference.machine import Place
 from qlora_pl.inference.source import KEY, ModelSource
-from qlora_pl.modeling.adapters import keep_adapters_in
+from qlora_pl.modeling.adapters import keep_adapters_in, settle_adapters
 from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
 from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.loading import LoadedBase, load_base
@@ -117,12 +117,7 @@ def load(
     """
     refuse_unpinned_code(source.base, source.revision, trust_remote_code)
     identity = identify_base(source.base, source.revision, cache_dir)
-    if source.weights is not None and identity.weights != source.weights:
-        raise AdapterFolderError(
-            f"The adapter was trained over other weights than those of '{source.base}' "
-            f"(fingerprints {source.weights[:12]} and {identity.weights[:12]}); name its own base "
-            "with --base."
-        )
+    refuse_other_base(source, identity)
     tokenizer = load_tokenizer(source.tokenizer, source.revision, cache_dir)
     skeleton = build_skeleton(identity.folder, "auto", trust_remote_code)
     plan = make_plan(identity.folder, skeleton, source.quantization)
@@ -138,9 +133,25 @@ def load(
         model.set_adapter(next(iter(source.adapters)))  # type: ignore[operator]
     model.requires_grad_(False)
     model.eval()
-    if not is_exact and base.compute_dtype == torch.bfloat16 and not reads_base_weights(model):
-        allow_inference_kernel(model)
+    if not is_exact and not reads_base_weights(model):
+        settle_adapters(model)
+        if base.compute_dtype == torch.bfloat16:
+            allow_inference_kernel(model)
     return Model(model, tokenizer, make_encoder(source, tokenizer, base.model), source, biases)
+
+
+def refuse_other_base(source: ModelSource, identity: BaseIdentity) -> None:
+    """An adapter belongs to the weights that it was trained over.
+
+    Raises:
+        AdapterFolderError: if these are others.
+    """
+    if source.weights is not None and identity.weights != source.weights:
+        raise AdapterFolderError(
+            f"The adapter was trained over other weights than those of '{source.base}' "
+            f"(fingerprints {source.weights[:12]} and {identity.weights[:12]}); name its own base "
+            "with --base."
+        )
 
 
 def _load_base(

@@ -5,6 +5,7 @@ A folder of this project says everything; of the others, what is not said is a s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from qlora_pl.data.templates.loading import JINJA_SUFFIXES, TEMPLATES
 from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.modeling.adapter_folder import AdapterManifest, read_adapter_folder
 from qlora_pl.modeling.peft_folder import locate_adapter, read_config
+from qlora_pl.modeling.prequantized import stored_quantization
 from qlora_pl.modeling.quantization import QuantizationConfig, QuantType
 
 Precision = Literal["trained", "bfloat16", "float16", "float32"]
@@ -26,7 +28,8 @@ DEFAULT_NAME = "adapter"
 """What an adapter without a name of its own is called."""
 BASE = "base"
 """What the base without an adapter is called."""
-
+MERGE_RECORD = "merge.json"
+"""What lies in a merged folder: where it came from, and its template."""
 
 ASSUMED_TEMPLATE = (
     "the tokenizer's chat template if it has one, else instruction-response (--template)"
@@ -209,9 +212,12 @@ def _of_model(choice: ModelChoice, name: str) -> ModelSource:
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
         raise ConfigurationError(f"--model: '{name}' is an adapter; name it with --adapter.")
+    stored = stored_quantization(folder) if choice.quantization is None else None
     quantization = _quantization(
-        choice, QuantizationConfig(quant_type=choice.quantization or "none")
+        choice, stored or QuantizationConfig(quant_type=choice.quantization or "none")
     )
+    if (folder / MERGE_RECORD).is_file():
+        return _of_merged(choice, folder, quantization)
     if (folder / "manifest.json").is_file():
         source = _of_manifest(choice, read_adapter_folder(folder), name, name)
         # The manifest's fingerprint is of what training began with.
@@ -223,6 +229,23 @@ def _of_model(choice: ModelChoice, name: str) -> ModelSource:
         template=choice.template or "auto",
         tokenizer=name,
         assumed=() if choice.template else (ASSUMED_TEMPLATE,),
+    )
+
+
+def _of_merged(choice: ModelChoice, folder: Path, quantization: QuantizationConfig) -> ModelSource:
+    path = folder / MERGE_RECORD
+    try:
+        record = json.loads(path.read_text())
+        template = choice.template or record["template"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(f"--model: '{path}' cannot be read ({error}).") from error
+    return ModelSource(
+        base=str(folder),
+        revision=None,
+        quantization=quantization,
+        template=template,
+        encoder=record.get("encoder", "Encoder"),
+        tokenizer=str(folder),
     )
 
 

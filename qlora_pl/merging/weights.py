@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.loading import add_adapter
 from qlora_pl.inference.source import KEY, ModelSource
-from qlora_pl.modeling.identity import BaseIdentity
+from qlora_pl.modeling.identity import BaseIdentity, stored_dtype
 from qlora_pl.modeling.loading import from_pretrained
 from qlora_pl.modeling.packed_model import name_in_base
 from qlora_pl.modeling.peft_folder import read_tensors
@@ -52,14 +52,14 @@ class MergedWeights:
                 f"--adapter: its base '{identity.name}' is stored in 4 or 8 bits, and a merged "
                 "model is written in 16; name the base in 16 bits with --base."
             )
-        skeleton = build_skeleton(identity.folder, "auto", trust_remote_code)
+        self.skeleton = build_skeleton(identity.folder, "auto", trust_remote_code)
         self.quantization = source.quantization
-        self.plan: QuantizationPlan = make_plan(identity.folder, skeleton, source.quantization)
+        self.plan: QuantizationPlan = make_plan(identity.folder, self.skeleton, source.quantization)
         self.base: Any = from_pretrained(
             identity.folder,
             {
                 "device_map": {"": "cpu"},
-                "dtype": "auto",
+                "dtype": stored_dtype(identity.folder),
                 "attn_implementation": "eager",
                 "trust_remote_code": trust_remote_code,
             },

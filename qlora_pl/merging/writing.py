@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,55 +14,59 @@ SHARD_BYTES = 2**30
 """What a file holds at most, and so what waits in memory; a larger tensor has one of its own."""
 
 
-def plan_shards(sizes: Sequence[tuple[str, int]], limit: int = SHARD_BYTES) -> dict[str, str]:
-    """Names of tensors -> files, in order.
-
-    Args:
-        sizes: Names, and bytes of each.
-        limit: Bytes of a file.
-    """
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, size in sizes:
-        if shards[-1] and held + size > limit:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += size
-    number = len(shards)
-    if number == 1:
-        return dict.fromkeys(shards[0], "model.safetensors")
-    return {
-        name: f"model-{place:05d}-of-{number:05d}.safetensors"
-        for place, names in enumerate(shards, start=1)
-        for name in names
-    }
-
-
-def write_shards(folder: Path, files: dict[str, str], tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Write tensors as they come, each file when its last one is there; returns their bytes.
+def write_shards(
+    folder: Path, groups: Iterable[Mapping[str, Tensor]], limit: int = SHARD_BYTES
+) -> int:
+    """Write tensors as they come, a file whenever one is full; returns their bytes.
 
     Args:
         folder: That exists.
-        files: From ``plan_shards``.
-        tensors: In the same order.
+        groups: Tensors by name; those of a group lie in one file, as a 4-bit matrix and what it is
+            decoded with.
+        limit: Bytes of a file.
     """
-    from safetensors.torch import save_file
-
     waiting: dict[str, Tensor] = {}
-    missing = {file: sum(other == file for other in files.values()) for file in files.values()}
-    total = 0
-    for name, tensor in tensors:
-        waiting[name] = tensor.contiguous()
-        total += tensor.numel() * tensor.element_size()
-        missing[files[name]] -= 1
-        if not missing[files[name]]:
-            save_file(waiting, folder / files[name], metadata={"format": "pt"})
-            waiting.clear()
-    if len(set(files.values())) > 1:
+    shards: list[list[str]] = []
+    held = total = 0
+    for group in groups:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in group.values())
+        if waiting and held + size > limit:
+            shards.append(_write(folder, len(shards), waiting))
+            held = 0
+        waiting |= {name: tensor.contiguous() for name, tensor in group.items()}
+        held += size
+        total += size
+    shards.append(_write(folder, len(shards), waiting))
+    files = {
+        name: _final_name(place, len(shards))
+        for place, names in enumerate(shards)
+        for name in names
+    }
+    for place in range(len(shards)):
+        _unnumbered(folder, place).rename(folder / _final_name(place, len(shards)))
+    if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return total
+
+
+def _write(folder: Path, place: int, waiting: dict[str, Tensor]) -> list[str]:
+    from safetensors.torch import save_file
+
+    save_file(waiting, _unnumbered(folder, place), metadata={"format": "pt"})
+    names = list(waiting)
+    waiting.clear()
+    return names
+
+
+def _unnumbered(folder: Path, place: int) -> Path:
+    return folder / f"shard-{place}.safetensors"  # until it is known how many there are
+
+
+def _final_name(place: int, number: int) -> str:
+    if number == 1:
+        return "model.safetensors"
+    return f"model-{place + 1:05d}-of-{number:05d}.safetensors"
 
 
 def bytes_of(dtype: torch.dtype) -> int:

@@ -61,6 +61,8 @@ class AdapterManifest:
     """All that made its training rows' ids, the template's text among it; see ``Encoder``."""
     auto_class: str = "AutoModelForCausalLM"
     """The transformers class that loads the base."""
+    card: dict[str, Any] = field(default_factory=dict)
+    """What README.md says besides: settings, losses, licences, a prompt; see ``card_facts``."""
     format: int = MANIFEST_FORMAT
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of every other file of the folder."""

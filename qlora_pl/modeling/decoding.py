@@ -55,6 +55,8 @@ class DecodingConfig:
     def __post_init__(self) -> None:
         if problems := [f"decoding.{sentence}." for holds, sentence in self._checks() if not holds]:
             raise ConfigurationError(problems)
+        for name in ("temperature", "top_p", "typical_p", "length_penalty", "repetition_penalty"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # transformers refuses 2
 
     def _checks(self) -> list[tuple[bool, str]]:
         """Whether each rule holds, and what to say if not."""

@@ -83,7 +83,7 @@ def answer_batch(
         config: How to draw.
         row_ids: Numbers that seed the rows' draws; None: their places.
         should_stop: Asked after each token whether to leave the answers as they are.
-        streamer: Told each token as it comes; of one row, without beams.
+        streamer: Told each token as it comes, of all rows together; without beams.
     """
     row_ids = range(len(input_ids)) if row_ids is None else row_ids
     if config.do_sample and not config.draws_rows_apart and len(input_ids) > 1:
@@ -104,7 +104,7 @@ def answer_batch(
     is_pair = is_encoder_decoder(model)
     num_given = 1 if is_pair else input_ids.shape[1]
     lengths = [0 if is_pair else num_given - padding for padding in num_padded]
-    limits = [_limit(config, length, context_of(model)) for length in lengths]
+    limits = [room_for_answer(config, length, context_of(model)) for length in lengths]
     output = _generate(
         model,
         tokenizer,
@@ -118,7 +118,7 @@ def answer_batch(
     )
     answers = output[:, num_given:].tolist()
     return [
-        _row_answer(ids[:limit], limit, stop_ids, config.stop, tokenizer)
+        row_answer(ids[:limit], limit, stop_ids, config.stop, tokenizer)
         for ids, limit in zip(answers, limits, strict=True)
     ]
 
@@ -186,15 +186,24 @@ def context_of(model: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
-def _limit(config: DecodingConfig, num_given: int, context: int | None) -> int:
-    """Tokens of an answer to a prompt of so many, at least one."""
+def room_for_answer(config: DecodingConfig, num_given: int, context: int | None) -> int:
+    """Tokens of an answer to a prompt of so many at most, at least one."""
     ends = [end for end in (config.max_length, context) if end]
     return max(1, min([config.max_new_tokens, *(end - num_given for end in ends)]))
 
 
-def _row_answer(
+def row_answer(
     ids: list[int], limit: int, stop_ids: Collection[int], stop: Sequence[str], tokenizer: Any
 ) -> RowAnswer:
+    """What a row's new tokens come to.
+
+    Args:
+        ids: Of which the first ``limit`` count; padding may follow what ends the answer.
+        limit: From ``room_for_answer``.
+        stop_ids: Tokens that end an answer.
+        stop: Texts that end it.
+        tokenizer: Ids -> text.
+    """
     end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
     own = ids[:end]
     text: str = tokenizer.decode(own)

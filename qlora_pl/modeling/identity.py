@@ -24,8 +24,11 @@ logger = logging.getLogger(__name__)
 
 # Keys of config.json that say who wrote the file rather than what the model computes.
 VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
-FETCHED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
-"""What of a Hub model is downloaded; pickled weights only where there are no others."""
+FETCHED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "README.md")
+"""What of a Hub model is downloaded; pickled weights only where there are no others. Its README
+says under which licence it is."""
+WIDEST_FIRST = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Types in safetensors' words and in torch's."""
 HASH_THREADS = 4
 """hashlib releases the interpreter lock; four threads keep one fast disk busy."""
 HASH_PIECE_BYTES = 2**20
@@ -192,6 +195,20 @@ def weight_files(folder: Path) -> list[Path]:
     raise ConfigurationError(
         f"model.model_name_or_path: '{folder}' cannot be loaded: it has no model.safetensors."
     )
+
+
+def stored_dtype(folder: Path) -> str:
+    """The widest floating-point type of a folder's weights, in torch's words; ``auto``: pickled.
+
+    config.json may name a narrower one, to which transformers then rounds what it loads.
+    """
+    found = set()
+    for path in weight_files(folder):
+        if path.suffix == ".bin":
+            return "auto"
+        header, _ = safetensors_header(path)
+        found |= {entry.get("dtype") for name, entry in header.items()}
+    return next((word for name, word in WIDEST_FIRST.items() if name in found), "auto")
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import atomic_folder, sha256_file, write_json
 from qlora_pl.modeling.adapter_folder import HELD_OUT, AdapterManifest
-from qlora_pl.modeling.model_card import trained_rows
+from qlora_pl.modeling.model_card import whole_model_card
 
 MAX_SHARD_SIZE = "4GB"
 
@@ -63,7 +63,7 @@ def write_model_folder(
                 rows = {name: torch.from_numpy(array) for name, array in held_out.items()}
                 save_file(rows, temporary / HELD_OUT)
             (temporary / "run.yaml").write_text(run_yaml)
-            (temporary / "README.md").write_text(_card(manifest))
+            (temporary / "README.md").write_text(whole_model_card(manifest))
             paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
             files = {str(path.relative_to(temporary)): sha256_file(path) for path in paths}
             write_json(temporary / "manifest.json", asdict(manifest) | {"files": files})
@@ -104,25 +104,3 @@ def read_tensor_digests(folder: Path) -> dict[str, str]:
     for path in sorted(folder.glob("model*.safetensors")):
         digests |= tensor_digests(load_file(path))
     return digests
-
-
-def _card(manifest: AdapterManifest) -> str:
-    base = manifest.base["name"]
-    return f"""---
-base_model: {base}
-library_name: transformers
-tags: [full-fine-tuning, qlora-pl]
----
-
-# {base}, fine-tuned whole
-
-Trained for {manifest.step:,} optimizer steps on {trained_rows(manifest)}, every
-weight of it, kept in {manifest.lora["dtype"]}; prompt template `{manifest.template}`.
-`run.yaml` is the whole configuration; `manifest.json` holds the fingerprint of the base and the
-digest of every file here.
-
-    from transformers import {manifest.auto_class}, AutoTokenizer
-
-    model = {manifest.auto_class}.from_pretrained(".", dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(".")
-"""

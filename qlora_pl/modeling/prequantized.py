@@ -21,7 +21,11 @@ from qlora_pl.modeling.plan import (
     refuse_unmatched,
     replaced_classes,
 )
-from qlora_pl.modeling.quantization import INT8_OUTLIER_THRESHOLD, QuantizationConfig
+from qlora_pl.modeling.quantization import (
+    COMPUTE_DTYPES,
+    INT8_OUTLIER_THRESHOLD,
+    QuantizationConfig,
+)
 from qlora_pl.modeling.structure import head_name, matches, matrices
 
 STATE = ".quant_state.bitsandbytes__"
@@ -32,6 +36,22 @@ STORAGE_NAMES = {"U8": "uint8", "BF16": "bfloat16", "F16": "float16", "F32": "fl
 def is_prequantized(folder: Path) -> bool:
     """Whether a model folder says that its weights are quantised already."""
     return _settings(folder) is not None
+
+
+def stored_quantization(folder: Path) -> QuantizationConfig | None:
+    """How bitsandbytes quantised a folder's weights, as its config.json says; None: it did not."""
+    settings = _settings(folder) if (folder / "config.json").is_file() else None
+    if settings is None or settings.get("quant_method") != "bitsandbytes":
+        return None
+    if settings.get("load_in_8bit"):
+        return QuantizationConfig(quant_type="int8")
+    compute_dtype = settings.get("bnb_4bit_compute_dtype")
+    return QuantizationConfig(
+        quant_type=settings.get("bnb_4bit_quant_type", "fp4"),  # bitsandbytes' own default
+        double_quant=bool(settings.get("bnb_4bit_use_double_quant")),
+        compute_dtype=compute_dtype if compute_dtype in COMPUTE_DTYPES else "auto",
+        storage_dtype=settings.get("bnb_4bit_quant_storage") or "uint8",
+    )
 
 
 def make_plan(folder: Path, skeleton: nn.Module, config: QuantizationConfig) -> QuantizationPlan:

@@ -22,7 +22,7 @@ ABSMAX_BLOCK_SIZE = 256
 """Scales that share one second-level scale under double quantisation."""
 INT8_OUTLIER_THRESHOLD = 6.0
 """Inputs beyond it are multiplied in 16 bits (Dettmers et al. 2022, arXiv:2208.07339, 3.2)."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ _HAS_NONE = {
 def resolve_compute_dtype(name: ComputeDtype, device: torch.device) -> torch.dtype:
     """Return the dtype of the matrix products; only ``auto`` depends on ``device``."""
     if name != "auto":
-        return _DTYPES[name]
+        return COMPUTE_DTYPES[name]
     if device.type == "cuda":
         # Emulated bfloat16 (before Ampere) is far slower than float16.
         native = torch.cuda.is_bf16_supported(including_emulation=False)

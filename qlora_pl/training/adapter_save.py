@@ -8,7 +8,7 @@ empty or half-gathered adapter is found at step 1, not after days.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from qlora_pl.modeling.evaluation_mode import evaluation_mode
 from qlora_pl.modeling.loading import bitsandbytes_config
 from qlora_pl.modeling.model_folder import read_tensor_digests, write_model_folder
 from qlora_pl.modeling.parameters import adapter_tensors
+from qlora_pl.training.card_facts import lasting_facts, losses_so_far
 from qlora_pl.training.run_folder import recorded_digest
 
 PROBE_TOKENS = 64
@@ -60,6 +61,7 @@ class AdapterSaver:
         self.save_held_out = save_held_out
         self._held_out: dict[str, np.ndarray] | None = None
         self._companions: dict[str, bytes] | None = None
+        self._facts: dict[str, Any] | None = None
         self._tokenizer: Any = None
 
     def prepare(
@@ -87,7 +89,11 @@ class AdapterSaver:
         """
         model: Any = module.model
         data = getattr(trainer, "datamodule", None)
-        manifest, run_yaml = make_manifest(module, data, step), _run_yaml(folder.parents[1])
+        run_yaml = _run_yaml(folder.parents[1])
+        if self._facts is None:
+            self._facts = lasting_facts(module, data, run_yaml)
+        card = self._facts | {"history": losses_so_far(trainer, step)}
+        manifest = replace(make_manifest(module, data, step), card=card)
         if self._held_out is None and self.save_held_out and data is not None:
             self._held_out = held_out_rows(data)
         if self._tokenizer is None and data is not None:

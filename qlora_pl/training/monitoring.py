@@ -290,6 +290,22 @@ class RunMetrics(Callback):
         writer.writerow(row)
         append_synced(self._table, lines.getvalue())
 
+    def history(self) -> list[dict[str, float]]:
+        """Every logged row so far, the one that waits included, without what measures time."""
+        rows: dict[int, dict[str, float]] = {}
+        if self._table.exists():
+            with self._table.open(newline="") as file:
+                for line in csv.DictReader(file):
+                    row = {name: float(value) for name, value in line.items() if value}
+                    rows[int(row["step"])] = row
+        if waiting := self._row or self._written:
+            rows[int(waiting["step"])] = dict(waiting)
+        measured = ("throughput/", "memory/")
+        return [
+            {name: value for name, value in rows[step].items() if not name.startswith(measured)}
+            for step in sorted(rows)
+        ]
+
     def _truncate_table(self, step: int) -> None:
         """Drop the rows from a step on, and a row that a kill cut short."""
         if not self._table.exists():

@@ -62,6 +62,11 @@ def test_a_text_that_ends_an_answer_is_never_shown_not_even_begun() -> None:
     assert "".join(streamed("a # b ## c", stop=("### Human",))) == "a # b ## c"
 
 
+def test_a_text_that_ends_an_answer_may_begin_it_with_a_line_break() -> None:
+    assert streamed("\n\nHuman: three", stop=("\n\nHuman",)) == []
+    assert "".join(streamed("\n\nHumane", stop=("\n\nHumans",))) == "Humane"
+
+
 def test_what_may_still_change_is_held_back() -> None:
     assert held_back("word") == 0
     assert held_back("word ") == 1
@@ -167,6 +172,7 @@ def test_commands_do_what_they_say(
     answers = out.splitlines()
     assert answers[0] == answers[1] != answers[2]
     assert "There are adapter, base." in said
+    assert said.count("A greedy answer comes again as it was") == 1  # not from the base
     assert "/reset         forget what was said" in said
     saved = json.loads(Path("talk.json").read_text())["messages"]
     assert [m["role"] for m in saved] == ["user", "assistant"]

@@ -17,7 +17,8 @@ from families import Saver
 from exporting.test_plain_adapter import save_adapter
 from qlora_pl.exporting import gguf_file, llama_cpp
 from qlora_pl.exporting.distance import in_words
-from qlora_pl.merging.scoring import Score, held_out_rows
+from qlora_pl.merging.scored_rows import held_out_rows
+from qlora_pl.merging.scoring import Score
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process
 
@@ -78,7 +79,7 @@ def test_an_adapter_alone_says_how_far_it_is_from_what_was_trained(
     assert "export it merged into the 4-bit base that it was trained over" in out
     assert "nats a token (KL)" in Path("out/README.md").read_text()
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        *("README.md", "adapter", "export.json")
+        *("README.md", "adapter", "chat_template.jinja", "export.json")
     ]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from data.real_tokenizers import INST
+from data.toy_tokenizers import build
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -14,11 +16,14 @@ from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.data.encoding.encoder import Encoder
 from qlora_pl.data.encoding.served_template import chat_template_ids, encoder_joints
 from qlora_pl.data.templates.example_conversations import EXAMPLES
+from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.exporting import parity
 from qlora_pl.exporting.parity import (
     check_parity,
     held_out_conversations,
+    llama_cpp_ids,
+    llama_cpp_template,
     text_ids,
     tokenizer_folder_ids,
 )
@@ -132,3 +137,18 @@ def test_a_tokenizer_without_a_chat_template_is_not_served(adapter: Path, tmp_pa
     bare.save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="No chat template gives the prompts"):
         tokenizer_folder_ids(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["guanaco", "llama2", "chat"])
+@pytest.mark.parametrize("kind", ["bytes", "bytes-bos", "sentencepiece"])
+def test_llama_cpp_is_given_jinja_without_the_bos_that_it_puts_first(kind: str, template: str):
+    """Also where SentencePiece puts a space before a text, which none may be written for then."""
+    tokenizer = build(kind, INST)
+    encoder = Encoder(load_template(template, tokenizer), tokenizer)
+    way = {WAY: llama_cpp_ids(tokenizer, llama_cpp_template(encoder))}
+    if kind == "sentencepiece" and template != "guanaco":
+        # Written, BOS is followed by no space; put there by a tokenizer, by one.
+        with pytest.raises(ConfigurationError, match='"<s>" "▁" "<0x5B>"'):
+            check_parity(encoder, way)
+    else:
+        assert check_parity(encoder, way).num_examples == len(EXAMPLES)

@@ -90,3 +90,23 @@ def test_a_model_alone_is_served_as_it_is(type_in: Type, tiny_base: Path):
     assert shlex.split(line)[2] == str(tiny_base)
     assert "--enable-lora" not in line
     assert not Path("served/adapter").exists()
+
+
+@pytest.mark.parametrize("target", ["vllm", "ollama", "gguf"])
+def test_a_folder_that_is_no_model_is_refused(type_in: Type, tmp_path: Path, target: str):
+    code, out, said = type_in("export", "--model", tmp_path, "--to", target, "--output", "served")
+    assert (code, out) == (2, "")
+    assert "is not a model folder; it has no config.json" in said
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("target", ["vllm", "ollama", "gguf"])
+def test_an_encoder_decoder_model_is_refused(
+    type_in: Type, saved: Callable[[str], Path], target: str
+):
+    code, out, said = type_in(
+        "export", "--model", saved("T5"), "--to", target, "--output", "served"
+    )
+    assert (code, out) == (2, "")
+    assert "is an encoder-decoder model" in said
+    assert not list(Path().iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from qlora_pl.errors import AdapterFolderError, QLoRAError
 from qlora_pl.inference.loading import Model, load
 from qlora_pl.inference.source import BASE, ModelChoice, resolve_source
+from qlora_pl.modeling.adapters import SettlingLinear
 from qlora_pl.modeling.parameters import trainable_tensors
 
 CPU = torch.device("cpu")
@@ -112,6 +114,35 @@ def test_products_in_bfloat16_may_use_the_kernel_for_inference_but_for_dora(
         model = loaded(tmp_path / method / "adapter").model
         difference = (logits(model).float() - expected).abs().max()
         assert difference == 0 if method == "dora" else difference < 0.1
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+def test_adapters_that_are_cast_once_give_the_bytes_of_those_cast_for_every_token(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, compute: str
+) -> None:
+    monkeypatch.setattr("qlora_pl.inference.loading.allow_inference_kernel", lambda _: None)
+    source = resolve_source(ModelChoice(adapter=(str(adapter),)))
+    source = replace(source, quantization=replace(source.quantization, compute_dtype=compute))
+    answering, exact = load(source, CPU), load(source, CPU, is_exact=True)
+    for name in ("adapter", None, "adapter"):
+        with answering.answering_as(name) as model, exact.answering_as(name) as other:
+            assert torch.equal(logits(model), logits(other))
+    for loaded, kept in ((answering, getattr(torch, compute)), (exact, torch.float32)):
+        tensors = [t for n, t in loaded.model.named_parameters() if "lora_" in n]
+        assert {tensor.dtype for tensor in tensors} == {kept}
+
+
+def test_the_product_of_a_single_token_is_the_exact_one_rounded_once() -> None:
+    """Against float64: within half a unit of bfloat16's last place, and a hair for the sums."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(576, 16, bias=False)
+    layer.__class__ = SettlingLinear
+    given = torch.randn(1, 1, 576).bfloat16()
+    with torch.no_grad():
+        found = layer(given)
+        expected = given.double() @ layer.weight.double().T
+    assert found.dtype == layer.weight.dtype == torch.bfloat16
+    assert ((found - expected).abs() <= 2**-8 * expected.abs() + 1e-6).all()
 
 
 def test_several_adapters_answer_by_name(

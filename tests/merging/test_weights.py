@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from adapter_runs import IDS, fit, twin_of
 from adapter_runs import load as load_small
 from conftest import save_base
 from families import Saver
+from transformers import AutoModelForCausalLM
 
 from qlora_pl.inference.loading import add_adapter, load
 from qlora_pl.inference.source import ModelChoice, ModelSource, resolve_source
+from qlora_pl.merging.candidates import Form, write_candidate
+from qlora_pl.merging.requantizing import plan_packing
 from qlora_pl.merging.weights import MergedWeights
-from qlora_pl.merging.writing import plan_shards, write_shards
+from qlora_pl.merging.writing import write_shards
 from qlora_pl.modeling.identity import identify_base
+from qlora_pl.modeling.loading import keep_gradients_on_cpu
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 
@@ -34,9 +39,7 @@ def written(adapter: Path, folder: Path, policy: Any, dtype: Any = torch.float32
 
     source, weights = merging(adapter)
     folder.mkdir()
-    size = torch.empty(0, dtype=dtype).element_size()
-    files = plan_shards([(name, number * size) for name, number in weights.sizes()], 200_000)
-    write_shards(folder, files, weights.tensors(policy, dtype))
+    write_shards(folder, ({name: t} for name, t in weights.tensors(policy, dtype)), 200_000)
     weights.base.config.save_pretrained(folder)
     kind = source.manifest.auto_class if source.manifest else "AutoModelForCausalLM"
     model, info = getattr(transformers, kind).from_pretrained(
@@ -102,8 +105,6 @@ def test_every_kind_of_adapter_is_merged(
 def test_what_is_merged_onto_the_original_is_peft_s_own_merge(
     family: str, saved: Saver, rows_file: Path, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     base = saved(family)
     fit(tmp_path / "run", base, rows_file, r=4)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -151,12 +152,83 @@ def test_the_round_trip_is_what_the_loaded_base_decodes_to(
     assert load(source, CPU)
 
 
-def test_shards_are_full_and_in_order() -> None:
-    sizes = [("a", 60), ("b", 50), ("c", 200), ("d", 10)]
-    assert plan_shards(sizes, 100) == {
+def test_shards_are_full_and_in_order(tmp_path: Path) -> None:
+    """Groups of 24, 20, 80 and 4 bytes in files of at most 40: only the third is larger."""
+    groups = [{name: torch.zeros(size)} for name, size in (("a", 6), ("b", 5), ("c", 20))]
+    groups.append({"d": torch.zeros(1), "d.scale": torch.zeros(1)})
+    (tmp_path / "several").mkdir()
+    assert write_shards(tmp_path / "several", groups, 40) == 132
+    index = json.loads((tmp_path / "several/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {
         "a": "model-00001-of-00004.safetensors",
         "b": "model-00002-of-00004.safetensors",
         "c": "model-00003-of-00004.safetensors",
         "d": "model-00004-of-00004.safetensors",
+        "d.scale": "model-00004-of-00004.safetensors",
     }
-    assert set(plan_shards(sizes, 1000).values()) == {"model.safetensors"}
+    assert {path.name for path in (tmp_path / "several").iterdir()} == {
+        *index["weight_map"].values(),
+        "model.safetensors.index.json",
+    }
+    (tmp_path / "one").mkdir()
+    write_shards(tmp_path / "one", groups, 1000)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
+
+
+def test_a_base_stored_more_exactly_than_its_config_says_is_rounded_once(
+    rows_file: Path, tmp_path: Path
+) -> None:
+    """As training reads it: from the files' float32, not by way of the float16 of config.json."""
+    base = save_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-3)
+    model.save_pretrained(base)
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
+    module = fit(tmp_path / "run", base, rows_file, r=4)
+    merged = written(tmp_path / "run/adapter", tmp_path / "merged", "dequantized")
+    assert (logits(merged) - logits(module.model)).abs().max() < 2e-5
+    _, weights = merging(tmp_path / "run/adapter")
+    plain = dict(model.state_dict())
+    weights.name = None
+    for place in weights._places():
+        assert torch.equal(place.tensor, plain[place.name]), place.name
+
+
+@pytest.mark.parametrize("family", ["LLaMA", "GPT-2", "BLOOM", "T5"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_what_is_packed_again_is_what_transformers_packs_of_the_merged_model(
+    family: str, quant_type: Any, saved: Saver, rows_file: Path, tmp_path: Path
+) -> None:
+    """Source: transformers' own packing while it loads the 16-bit folder, to the bit."""
+    fit(tmp_path / "run", saved(family), rows_file, r=4, compute="bfloat16")
+    merged = written(tmp_path / "run/adapter", tmp_path / "merged", "original", torch.bfloat16)
+    source, weights = merging(tmp_path / "run/adapter")
+    packing = plan_packing(weights.skeleton, quant_type)
+    form = Form(dtype=torch.bfloat16, packing=packing)
+    write_candidate(tmp_path / "packed", weights, source, "original", form)
+    kind = type(merged)
+    ours = kind.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    theirs = kind.from_pretrained(
+        tmp_path / "merged",
+        dtype=torch.bfloat16,
+        device_map={"": "cpu"},
+        quantization_config=packing.settings(torch.bfloat16),
+    )
+    assert config["bnb_4bit_quant_type"] == quant_type
+    for model in (ours, theirs):
+        keep_gradients_on_cpu(model)
+    kinds = [{n: type(m).__name__ for n, m in model.named_modules()} for model in (ours, theirs)]
+    assert kinds[0] == kinds[1]
+    assert "Linear4bit" in kinds[0].values()
+    assert torch.equal(logits(ours), logits(theirs))
+    own, other = ours.state_dict(), theirs.state_dict()
+    assert own.keys() == other.keys()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, other[name]), name
+    total = sum(p.stat().st_size for p in (tmp_path / "packed").glob("model*.safetensors"))
+    foreseen = sum(form.num_bytes(name, number) for name, number in weights.sizes())
+    assert total < foreseen + 3000 * len(packing.plan.quantized) + 10_000  # tables of each matrix

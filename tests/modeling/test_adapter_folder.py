@@ -17,6 +17,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from cards import blocks
 from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -174,13 +175,10 @@ def test_plain_peft_loads_the_folder_over_the_base_in_16_bits(trained, folder):
 
 
 def test_the_lines_of_the_readme_run_as_they_stand(trained, folder, monkeypatch):
-    """On a machine without a GPU, but for the device."""
-    lines = (folder / "README.md").read_text().splitlines()
-    code = "\n".join(line[4:] for line in lines if line.startswith("    "))
-    assert '{"": 0}' in code
+    code = blocks(folder, "python")[0]
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
-    exec(code.replace('{"": 0}', '{"": "cpu"}'), names)
+    exec(code, names)
     tokenizer = trained.trainer.datamodule.tokenizer
     assert names["tokenizer"]("How many legs?") == tokenizer("How many legs?")
     keep_gradients_on_cpu(names["model"])
@@ -365,7 +363,8 @@ def test_a_temporary_folder_that_is_full_is_named(trained, tmp_path, size):
 def test_a_model_card_says_what_the_adapter_is(trained):
     manifest = make_manifest(trained, trained.trainer.datamodule, step=1234)
     card = model_card(manifest)
-    assert card.startswith(f"---\nbase_model: {trained.model_name_or_path}\n")
+    assert f"# LoRA adapter for {Path(trained.model_name_or_path).name}\n" in card
+    assert trained.model_name_or_path not in card
     assert "1,234 optimizer steps on 18 rows" in card
     assert "nf4 with double quantisation" in card
     assert "Rank 4, alpha 16, dropout 0.1" in card

@@ -330,6 +330,16 @@ def test_a_bad_setting_is_one_sentence(settings, sentence):
 # --- what is left as it was -----------------------------------------------------------------------
 
 
+def test_a_whole_number_is_a_number(model, prompts):
+    """Transformers refuses a temperature of 2 and a penalty of 2, where 2.0 is meant."""
+    whole = {"do_sample": True, "temperature": 2, "top_p": 1, "repetition_penalty": 2}
+    numbers = {name: float(value) if value is not True else value for name, value in whole.items()}
+    assert answer(model, prompts, **whole) == answer(model, prompts, **numbers)
+    assert answer(model, prompts, **whole, num_beams=2) == answer(
+        model, prompts, **numbers, num_beams=2
+    )
+
+
 def test_modes_and_random_states_are_as_before_afterwards(model, prompts):
     silenced = next(m for m in model.modules() if isinstance(m, nn.Dropout))
     silenced.eval()

@@ -69,7 +69,7 @@ def test_numpy_and_yaml_read_only_what_cannot_run() -> None:
 
 
 def test_nothing_is_uploaded() -> None:
-    """Sending something somewhere must ask first; today nothing does."""
+    """Only an export to the Hub sends anything anywhere, and asks first."""
     sends = ("push_to_hub", "upload_file", "upload_folder", "upload_large_folder", "create_repo")
     sends += (
         "create_commit",
@@ -80,13 +80,13 @@ def test_nothing_is_uploaded() -> None:
         "urlretrieve",
     )
     for name in sends:
-        assert not calls(name), name
+        assert not [place for place, _ in calls(name) if not place.startswith("hub.py:")], name
     for file in FILES:
         for node in NODES[file]:
             if isinstance(node, ast.keyword) and node.arg == "push_to_hub":
                 raise AssertionError(file)
             if isinstance(node, ast.Import | ast.ImportFrom):
-                text = ast.unparse(node)
+                text = ast.unparse(node).replace("starlette.requests", "")  # what comes in
                 assert not any(client in text for client in ("requests", "httpx", "urllib.request"))
 
 

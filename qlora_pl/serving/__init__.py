@@ -1,0 +1,1 @@
+"""Adapters and their base behind the HTTP interface that OpenAI's clients speak."""
