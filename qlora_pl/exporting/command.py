@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,17 +54,6 @@ def export(choice: ModelChoice, options: ExportOptions) -> str:
         raise ConfigurationError("--form: adapter is for --adapter; --model has none.")
     for assumed in source.assumed:
         print(f"No file says it, so this is assumed: {assumed}.", file=sys.stderr)
-    return exporter_of(str(options.to))(source, choice, options)
-
-
-def exporter_of(target: str) -> Exporter:
-    """The function ``export_TARGET`` of the target's own module.
-
-    Raises:
-        ConfigurationError: if this version has none.
-    """
-    name = f"{__package__}.{target}"
-    if importlib.util.find_spec(name) is None:
-        raise ConfigurationError(f"--to: {target} is not there yet; there is gguf.")
-    found: Exporter = getattr(importlib.import_module(name), f"export_{target}")
-    return found
+    module = importlib.import_module(f"{__package__}.{options.to}")  # slow to import
+    exporter: Exporter = getattr(module, f"export_{options.to}")
+    return exporter(source, choice, options)
