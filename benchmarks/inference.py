@@ -1,4 +1,4 @@
-"""What answers and merging cost, against transformers and PEFT, in one command on CPU or GPU.
+"""What answers cost, against transformers and PEFT, in one command on CPU or GPU.
 
     python benchmarks/inference.py --adapter DIR [--base DIR] [--rows FILE] [--out FILE]
     python benchmarks/inference.py --quick
@@ -18,18 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from loading import make_checkpoint
 from processes import REPOSITORY
 from quickstart import environment
-from synthetic import save_adapter, save_base, save_tokenizer
+from synthetic import save_adapter, save_base
 
 sys.path.insert(0, str(REPOSITORY))
 
-PARTS = ("speed", "kinds", "start", "merge")
-SHAPES = {"1B": 1.0e9, "7B": 6.7e9}
-"""Synthetic bases that are merged, by about how many weights they have."""
-WIDTHS = {"1B": (2048, 5504, 8192), "7B": (4096, 11008, 32000)}
-POLICIES = ("dequantized", "original")
+PARTS = ("speed", "kinds", "start")
 
 
 def main() -> None:
@@ -42,7 +37,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48, help="of an answer at most")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["1B"], help="for merge")
     parser.add_argument("--folder", type=Path, help="for synthetic bases; default: a temporary one")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="tiny, to try this script")
@@ -94,8 +88,6 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         report["kinds"] = kinds(task, given.rows)
     if "start" in given.parts:
         report["start"] = starts(adapter, base, given.repeats)
-    if "merge" in given.parts:
-        report["merge"] = merges(given, adapter, base, folder)
     return report
 
 
@@ -132,34 +124,6 @@ def starts(adapter: Path, base: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def merges(
-    given: argparse.Namespace, adapter: Path, base: str, folder: Path
-) -> list[dict[str, Any]]:
-    """Each policy without scores, and of the adapter that is asked both with scores."""
-    from inference_merge import merge, sizes_of
-
-    found = []
-    plain = ["--score-tokens", "0"]
-
-    def add(name: str, adapter: Path, base: str, policy: str, words: list[str]) -> None:
-        cost = merge(adapter, base, ["--policy", policy, *words], folder)
-        found.append({"base": name, "bytes": sizes_of(Path(base)), "policy": policy, **cost})
-
-    for policy in POLICIES:
-        add("asked", adapter, base, policy, plain)
-    if (adapter / "held_out.safetensors").is_file():
-        add("asked", adapter, base, "best", ["--force"])
-    for shape in [] if given.quick else given.shapes:
-        width, inner, vocabulary = WIDTHS[shape]
-        large = folder / shape
-        make_checkpoint(large, SHAPES[shape], width=width, inner=inner, vocabulary=vocabulary)
-        save_tokenizer(large)
-        own = save_adapter(folder / f"adapter-{shape}", large)
-        for policy in POLICIES:
-            add(shape, own, str(large), policy, plain)
-    return found
-
-
 def tables(report: dict[str, Any]) -> str:
     """The report for people, in Markdown."""
     lines = []
@@ -183,12 +147,6 @@ def tables(report: dict[str, Any]) -> str:
     for name, parts in report.get("start", {}).items():
         shown = {part: f"{value['median']:.2f}" for part, value in parts.items()}
         lines.append(f"start of {name}: seconds {shown}")
-    for cost in report.get("merge", []):
-        lines.append(
-            f"merge of {cost['base']} ({cost['bytes'] / 1e9:.2f} GB), {cost['policy']}: "
-            f"{cost['seconds']:.1f} s, {cost['peak_anonymous_bytes'] / 1e9:.2f} GB above imports, "
-            f"exit code {cost['exit_code']}"
-        )
     return "\n".join(lines)
 
 

@@ -81,6 +81,4 @@ def test_the_command_measures_every_part(tmp_path: Path) -> None:
     for parts in found["start"].values():
         pieces = sum(value["median"] for part, value in parts.items() if part != "all")
         assert abs(pieces - parts["all"]["median"]) < 0.01
-    assert [cost["policy"] for cost in found["merge"]] == ["dequantized", "original"]
-    assert all(cost["exit_code"] == 0 and cost["written_bytes"] > 0 for cost in found["merge"])
     assert "ours over theirs" in done.stdout
