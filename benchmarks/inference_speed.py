@@ -24,7 +24,7 @@ from qlora_pl.inference.loading import Model, load
 from qlora_pl.inference.machine import best_device
 from qlora_pl.inference.prompts import Prompt
 from qlora_pl.inference.source import ModelChoice, resolve_source
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 BATCH_SIZES = (1, 8, 32)
 OURS, SAME, PLAIN = "qlora_pl", "transformers, same model", "transformers and PEFT"
@@ -133,7 +133,7 @@ def load_plainly(task: Task, model: Model) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from qlora_pl.modeling.quantization import resolve_compute_dtype
+    from qlora_pl.modeling.base.quantization import resolve_compute_dtype
 
     kind = model.source.quantization
     dtype = resolve_compute_dtype(kind.compute_dtype, model.device)

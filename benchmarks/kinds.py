@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
-from qlora_pl.modeling.loss import causal_lm_loss
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.prequantized import make_plan
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton
+from qlora_pl.modeling.loading.base_loading import LoadedBase, load_base, prepare_for_training
 from qlora_pl.modeling.parameters import int8_scales
-from qlora_pl.modeling.plan import build_skeleton
-from qlora_pl.modeling.prequantized import make_plan
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.steps.loss import causal_lm_loss
 
 ROWS = Path(__file__).parent.parent / "experiments" / "quickstart"
 KINDS: dict[str, dict[str, Any]] = {

@@ -116,12 +116,12 @@ def load(folder: Path, kind: str) -> dict[str, float]:
     import torch
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    from qlora_pl.modeling.identity import identify_base
-    from qlora_pl.modeling.loading import load_base
+    from qlora_pl.modeling.base.identity import identify_base
+    from qlora_pl.modeling.base.prequantized import make_plan
+    from qlora_pl.modeling.base.quantization import QuantizationConfig
+    from qlora_pl.modeling.base.quantization_plan import build_skeleton
+    from qlora_pl.modeling.loading.base_loading import load_base
     from qlora_pl.modeling.parameters import count_parameters
-    from qlora_pl.modeling.plan import build_skeleton
-    from qlora_pl.modeling.prequantized import make_plan
-    from qlora_pl.modeling.quantization import QuantizationConfig
 
     config = QuantizationConfig(**KINDS[kind])
     identity = identify_base(str(folder), None, None)

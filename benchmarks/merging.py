@@ -200,10 +200,10 @@ def score_here(given: argparse.Namespace) -> dict[str, Any]:
     from qlora_pl.merging.asking import load_merged, load_trained
     from qlora_pl.merging.scored_rows import rows_of_file
     from qlora_pl.merging.scoring import estimate_seconds, score, write_reference
-    from qlora_pl.modeling.host_memory import release_freed_memory
-    from qlora_pl.modeling.identity import identify_base
-    from qlora_pl.modeling.plan import build_skeleton
-    from qlora_pl.modeling.prequantized import make_plan
+    from qlora_pl.modeling.base.identity import identify_base
+    from qlora_pl.modeling.base.prequantized import make_plan
+    from qlora_pl.modeling.base.quantization_plan import build_skeleton
+    from qlora_pl.modeling.loading.host_memory import release_freed_memory
 
     folder: Path = given.folder
     choice = ModelChoice(adapter=(str(folder / f"adapter-{given.method}"),))

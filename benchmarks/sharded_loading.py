@@ -31,13 +31,13 @@ def load(folder: Path) -> tuple[Any, Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from qlora_pl.modeling.adapters import LoRAConfig
-    from qlora_pl.modeling.base_checksum import BaseWatch
-    from qlora_pl.modeling.identity import identify_base
-    from qlora_pl.modeling.plan import build_skeleton
-    from qlora_pl.modeling.prequantized import make_plan
-    from qlora_pl.modeling.quantization import QuantizationConfig
-    from qlora_pl.modeling.sharded_loading import Sharing, load_sharded
+    from qlora_pl.modeling.adapters.lora import LoRAConfig
+    from qlora_pl.modeling.base.base_checksum import BaseWatch
+    from qlora_pl.modeling.base.identity import identify_base
+    from qlora_pl.modeling.base.prequantized import make_plan
+    from qlora_pl.modeling.base.quantization import QuantizationConfig
+    from qlora_pl.modeling.base.quantization_plan import build_skeleton
+    from qlora_pl.modeling.loading.sharded_loading import Sharing, load_sharded
 
     config = QuantizationConfig(compute_dtype="bfloat16")
     identity = identify_base(str(folder), None, None)

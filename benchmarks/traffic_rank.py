@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.strategies.choice import strategy_named
 
 KINDS = {

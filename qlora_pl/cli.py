@@ -25,13 +25,13 @@ from qlora_pl.data.batches.global_batch import settle_accumulation
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.base.identity import is_hub_name, locate_base, refuse_unpinned_code
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.full_training import refuse_packed_weights
-from qlora_pl.modeling.identity import is_hub_name, locate_base, refuse_unpinned_code
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
 from qlora_pl.redaction import secrets_in
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.modeling.adapters import LoRAConfig
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import LoadedBase, load_base
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.loading.base_loading import LoadedBase, load_base
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.run_folder import newest_verified
 

@@ -19,10 +19,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.strategies.choice import strategy_named
 
 

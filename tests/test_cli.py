@@ -365,7 +365,7 @@ def test_a_bad_row_is_named_before_weights_are_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("qlora_pl.modeling.assembly.load_base", never)
+    monkeypatch.setattr("qlora_pl.modeling.loading.assembly.load_base", never)
     code, printed = type_in(*FIT[:-1], "rows.jsonl")
     assert code == 2
     assert printed[-1].startswith(f"qlora-pl: {sentence}")
@@ -585,7 +585,7 @@ def test_a_start_that_fails_anyhow_leaves_no_folder(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("qlora_pl.modeling.assembly.load_base", fail)
+    monkeypatch.setattr("qlora_pl.modeling.loading.assembly.load_base", fail)
     with pytest.raises(ZeroDivisionError):
         type_in(*FIT, "--data.template", "guanaco")
     assert not list(tmp_path.glob("runs/*/*"))

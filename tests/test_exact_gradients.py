@@ -24,8 +24,8 @@ from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.batches.batching import BatchLayout, BatchShape, TrainingBatches
 from qlora_pl.data.encoding.example import EncodedExample
 from qlora_pl.data.rows.encoded_rows import EncodedRows
-from qlora_pl.modeling.loss import Normalization, causal_lm_loss
-from qlora_pl.modeling.step import MicroBatch, sum_over_step
+from qlora_pl.modeling.steps.loss import Normalization, causal_lm_loss
+from qlora_pl.modeling.steps.step import MicroBatch, sum_over_step
 
 LONGEST = 24
 EXACT = ["LLaMA", "Qwen3", "Phi-3", "GPT-NeoX, Pythia"]

@@ -18,10 +18,10 @@ from qlora_pl.__main__ import main
 from qlora_pl.cli import read_runs, settings
 from qlora_pl.data.batches.ordering import epoch_steps
 from qlora_pl.data.reading.sources import SourceConfig
-from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
-from qlora_pl.modeling.identity import is_hub_name
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig, refuse_unfit_ranks, resolve_targets
+from qlora_pl.modeling.base.identity import is_hub_name
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))

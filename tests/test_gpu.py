@@ -110,8 +110,11 @@ def test_paged_state_goes_on_from_a_checkpoint_in_equal_bytes(name: str) -> None
     """Reference: steps that were never interrupted. 128 x 1,024 elements are paged, 512 are not."""
     from lightning.fabric.utilities.optimizer import _optimizer_to_device
 
-    from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
-    from qlora_pl.modeling.optimizers import OptimizerConfig, build_optimizer
+    from qlora_pl.modeling.optimization.optimizer_state import (
+        named_optimizer_state,
+        optimizer_state_from_names,
+    )
+    from qlora_pl.modeling.optimization.optimizers import OptimizerConfig, build_optimizer
 
     shapes = {"large": (128, 1024), "small": (512,)}
     device = torch.device("cuda", torch.cuda.current_device())
@@ -150,10 +153,10 @@ def test_paged_state_goes_on_from_a_checkpoint_in_equal_bytes(name: str) -> None
 
 
 def test_packed_weights_on_a_gpu_reload_bit_for_bit(tiny_base: Path) -> None:
-    from qlora_pl.modeling.identity import identify_base
-    from qlora_pl.modeling.loading import load_base
-    from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-    from qlora_pl.modeling.quantization import QuantizationConfig
+    from qlora_pl.modeling.base.identity import identify_base
+    from qlora_pl.modeling.base.quantization import QuantizationConfig
+    from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+    from qlora_pl.modeling.loading.base_loading import load_base
 
     identity = identify_base(str(tiny_base), None, None)
     config = QuantizationConfig()
@@ -185,8 +188,8 @@ def test_a_familys_loss_and_gradients_are_its_float32_twins(family: Family, tmp_
     from adapter_runs import load, twin_of
     from test_families import LORA, give_random_b, loss_and_gradients
 
-    from qlora_pl.modeling.adapters import attach_adapters
-    from qlora_pl.modeling.loading import prepare_for_training
+    from qlora_pl.modeling.adapters.lora import attach_adapters
+    from qlora_pl.modeling.loading.base_loading import prepare_for_training
     from qlora_pl.modeling.parameters import trainable_tensors
 
     folder = BY_NAME[family.name].save(tmp_path / "base")
@@ -221,12 +224,12 @@ def test_a_base_that_lies_half_on_the_cpu_gives_the_logits_of_the_gpu(
     share: float, tiny_base: Path, tmp_path: Path
 ) -> None:
     """In float32, whose products CPU and GPU add up in another order."""
-    from qlora_pl.modeling.identity import identify_base
-    from qlora_pl.modeling.loading import load_base
-    from qlora_pl.modeling.plan import build_skeleton
-    from qlora_pl.modeling.prequantized import make_plan
-    from qlora_pl.modeling.quantization import QuantizationConfig
-    from qlora_pl.modeling.spread_loading import load_spread, weight_bytes
+    from qlora_pl.modeling.base.identity import identify_base
+    from qlora_pl.modeling.base.prequantized import make_plan
+    from qlora_pl.modeling.base.quantization import QuantizationConfig
+    from qlora_pl.modeling.base.quantization_plan import build_skeleton
+    from qlora_pl.modeling.loading.base_loading import load_base
+    from qlora_pl.modeling.loading.spread_loading import load_spread, weight_bytes
 
     identity = identify_base(str(tiny_base), None, None)
     config = QuantizationConfig(compute_dtype="float32")

@@ -30,7 +30,8 @@ def test_both_answer_the_same_prompts_with_the_same_tokens(
     synthetic.save_base(tmp_path / "base", 5.0e5, 128, 256)
     adapter = synthetic.save_adapter(tmp_path / "adapter", tmp_path / "base")
     monkeypatch.setattr(
-        "qlora_pl.modeling.loading.resolve_compute_dtype", lambda *_: speed.torch.float32
+        "qlora_pl.modeling.loading.base_loading.resolve_compute_dtype",
+        lambda *_: speed.torch.float32,
     )
     task = speed.Task(
         adapter=adapter, base=str(tmp_path / "base"), num_prompts=6, num_tokens=5, repeats=1

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from qlora_pl.cli import read_runs
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.errors import CheckpointError, ConfigurationError, TrainingStoppedError
-from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.run_folder import newest_verified
 

@@ -50,7 +50,7 @@ def _computing_in(compute: str | None) -> Iterator[None]:
     """The dtype of products, which a plain PEFT folder does not name."""
     import torch
 
-    from qlora_pl.modeling import loading
+    from qlora_pl.modeling.loading import base_loading as loading
 
     own = loading.resolve_compute_dtype
     if compute is not None:

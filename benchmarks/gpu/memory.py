@@ -77,11 +77,11 @@ def _batch_run(
 
 def plan(place: Place, findings: Findings) -> None:
     """A step of the large base against the estimate that chooses strategies."""
-    from qlora_pl.modeling.adapters import LoRAConfig
+    from qlora_pl.modeling.adapters.lora import LoRAConfig
+    from qlora_pl.modeling.base.quantization import QuantizationConfig
+    from qlora_pl.modeling.base.quantization_plan import build_skeleton
     from qlora_pl.modeling.footprint import OVERHEAD, estimate_footprint
-    from qlora_pl.modeling.optimizers import OptimizerConfig
-    from qlora_pl.modeling.plan import build_skeleton
-    from qlora_pl.modeling.quantization import QuantizationConfig
+    from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 
     run = large_run(place, "large-quantised-now")
     complete(run)

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from qlora_pl.modeling.packed_model import decoding_tensors
+from qlora_pl.modeling.loading.packed_model import decoding_tensors
 from qlora_pl.modeling.sharding import is_sharded, whole
 
 

@@ -47,7 +47,7 @@ def _differing(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
 def _compare(place: Place, findings: Findings, kind: str, shape: tuple[int, int]) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
-    from qlora_pl.modeling.reference_quantizer import quantize_4bit_reference, unpack_codes
+    from qlora_pl.modeling.base.reference_quantizer import quantize_4bit_reference, unpack_codes
 
     weight = random_weight(kind, shape)
     reference: Any = quantize_4bit_reference(weight, "nf4", True)
@@ -84,7 +84,7 @@ def _compare(place: Place, findings: Findings, kind: str, shape: tuple[int, int]
 
 
 def _decode(packed: Tensor, state: Any, weight: Tensor) -> Tensor:
-    from qlora_pl.modeling.reference_quantizer import DoubleQuantized, ReferenceQuantized
+    from qlora_pl.modeling.base.reference_quantizer import DoubleQuantized, ReferenceQuantized
 
     constants = DoubleQuantized(
         state.absmax.cpu(), state.state2.absmax.float().cpu(), state.offset.float().cpu()
@@ -96,7 +96,7 @@ def _multiply(place: Place, findings: Findings, dtype: torch.dtype, bound: float
     """A linear layer's outputs and gradients against float64 products with the decoded weight."""
     from bitsandbytes.nn import Linear4bit
 
-    from qlora_pl.modeling.loading import keep_gradients_on_cpu
+    from qlora_pl.modeling.loading.base_loading import keep_gradients_on_cpu
 
     layer = Linear4bit(
         1024, 2816, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True

@@ -11,7 +11,7 @@ from qlora_pl.chat.address import Login, PageOptions, free_port, login_for, requ
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.flags import Flags
 from qlora_pl.inference.source import BASE, ModelChoice, resolve_source
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 DESCRIPTION = """Talk to an adapter (or a model alone), through the template it was trained with: in
 the terminal, where Ctrl-C stops an answer and Ctrl-D or /exit ends the conversation, or with --web

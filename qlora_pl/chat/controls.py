@@ -8,7 +8,7 @@ from typing import Literal
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.source import BASE
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 Who = Literal["on", "off", "side by side"]
 WHO: tuple[Who, ...] = ("on", "off", "side by side")

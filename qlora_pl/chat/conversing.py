@@ -15,8 +15,8 @@ from qlora_pl.errors import DatasetFormatError, HardwareError
 from qlora_pl.files import write_atomic
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.source import BASE
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.generation import RowAnswer, answer_batch, context_of
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import RowAnswer, answer_batch, context_of
 
 TRIES_A_TURN = 1000
 """Numbers of a turn's random draws: the first answer, and each that is asked for again."""

@@ -23,8 +23,8 @@ from qlora_pl.data.conversation import Message
 from qlora_pl.errors import QLoRAError
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.source import BASE
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.generation import context_of
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import context_of
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from qlora_pl.chat.writing import Ask, Queue, Writing
 from qlora_pl.data.conversation import Message
 from qlora_pl.errors import ConfigurationError, QLoRAError
 from qlora_pl.inference.loading import Model
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from qlora_pl.chat.address import Login, PageOptions, free_port, is_loopback, login_for, taken
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.inference.loading import Model
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 if TYPE_CHECKING:
     from qlora_pl.chat.page import Page

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from qlora_pl.chat.conversing import Chat
-from qlora_pl.modeling.generation import RowAnswer
+from qlora_pl.modeling.answers.generation import RowAnswer
 
 REFRESH_SECONDS = 0.05
 """Between two looks at an answer: oftener than anyone reads, seldom enough to cost nothing."""

@@ -16,7 +16,7 @@ from qlora_pl.data.encoding.encoder import Encoder
 from qlora_pl.data.encoding.tokenizer import load_model_config
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.source import ModelSource
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 logger = logging.getLogger(__name__)
 

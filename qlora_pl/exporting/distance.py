@@ -19,7 +19,7 @@ from qlora_pl.inference.machine import best_device
 from qlora_pl.inference.source import ModelChoice, ModelSource, resolve_source
 from qlora_pl.merging.scored_rows import ScoredRow, held_out_rows
 from qlora_pl.merging.scoring import Score, score, write_reference
-from qlora_pl.modeling.quantization import resolve_compute_dtype
+from qlora_pl.modeling.base.quantization import resolve_compute_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def refuse_packed_base(folder: Path, name: str) -> None:
     Raises:
         ConfigurationError: naming it.
     """
-    from qlora_pl.modeling.prequantized import is_prequantized
+    from qlora_pl.modeling.base.prequantized import is_prequantized
 
     if is_prequantized(folder):
         raise ConfigurationError(

@@ -39,7 +39,7 @@ from qlora_pl.exporting.plain_adapter import PlainAdapter, plain_adapter
 from qlora_pl.files import atomic_folder, write_atomic, write_json
 from qlora_pl.inference.loading import load_encoder
 from qlora_pl.inference.source import ModelChoice, ModelSource
-from qlora_pl.modeling.identity import locate_base
+from qlora_pl.modeling.base.identity import locate_base
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from qlora_pl.exporting.options import ExportOptions
 from qlora_pl.exporting.parity import check_parity, served_encoder, tokenizer_folder_ids
 from qlora_pl.files import atomic_folder, sha256_file, write_atomic, write_json
 from qlora_pl.inference.source import ModelChoice, ModelSource
-from qlora_pl.modeling.adapter_folder import HELD_OUT
+from qlora_pl.modeling.folders.adapter_folder import HELD_OUT
 from qlora_pl.redaction import redact
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")

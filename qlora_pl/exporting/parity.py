@@ -29,8 +29,8 @@ from qlora_pl.data.templates.joints import Joints
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.loading import load_encoder
 from qlora_pl.inference.source import ModelChoice, ModelSource
-from qlora_pl.modeling.adapter_folder import HELD_OUT
-from qlora_pl.modeling.identity import locate_base
+from qlora_pl.modeling.base.identity import locate_base
+from qlora_pl.modeling.folders.adapter_folder import HELD_OUT
 
 SHOWN = 3
 """Differences that are shown, at most."""

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.source import KEY
-from qlora_pl.modeling.adapter_folder import WEIGHTS, AdapterManifest
-from qlora_pl.modeling.peft_folder import other_kind, read_config, read_tensors
+from qlora_pl.modeling.folders.adapter_folder import WEIGHTS, AdapterManifest
+from qlora_pl.modeling.folders.peft_folder import other_kind, read_config, read_tensors
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 PREFIX = "base_model.model."

@@ -20,8 +20,8 @@ from qlora_pl.exporting.parity import check_parity, served_encoder, tokenizer_fo
 from qlora_pl.exporting.plain_adapter import plain_adapter
 from qlora_pl.files import atomic_folder, write_atomic, write_json
 from qlora_pl.inference.source import ModelChoice, ModelSource
-from qlora_pl.modeling.identity import locate_base
-from qlora_pl.modeling.prequantized import is_prequantized
+from qlora_pl.modeling.base.identity import locate_base
+from qlora_pl.modeling.base.prequantized import is_prequantized
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be (vllm/config/lora.py, releases 0.12 to 0.22)."""

@@ -19,8 +19,8 @@ from qlora_pl.errors import HardwareError
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.prompts import Prompt
 from qlora_pl.inference.source import BASE
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.generation import RowAnswer, StopReason, answer_batch, context_of
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import RowAnswer, StopReason, answer_batch, context_of
 
 BATCHES_AHEAD = 16
 """Batches whose prompts are sorted by length together: enough for little padding, few enough that

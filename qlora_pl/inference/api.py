@@ -12,7 +12,7 @@ from qlora_pl.inference.loading import Model, load
 from qlora_pl.inference.machine import place_of
 from qlora_pl.inference.prompts import Prompt, conversation_of
 from qlora_pl.inference.source import BASE, ModelChoice, resolve_source
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 
 def load_adapter(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from qlora_pl.errors import ConfigurationError, DatasetFormatError
 from qlora_pl.inference.flags import Flags
 from qlora_pl.inference.source import BASE, DEFAULT_NAME, ModelChoice, ModelSource, resolve_source
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 logger = logging.getLogger(__name__)
 

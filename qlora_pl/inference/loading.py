@@ -19,15 +19,15 @@ from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import AdapterFolderError
 from qlora_pl.inference.machine import Place
 from qlora_pl.inference.source import KEY, ModelSource
-from qlora_pl.modeling.adapters import keep_adapters_in, settle_adapters
-from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
-from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
-from qlora_pl.modeling.loading import LoadedBase, load_base
-from qlora_pl.modeling.peft_folder import other_kind, read_config, read_tensors
-from qlora_pl.modeling.plan import QuantizationPlan, build_skeleton
-from qlora_pl.modeling.prequantized import make_plan
-from qlora_pl.modeling.spread_loading import load_spread
-from qlora_pl.modeling.vocabulary import grow_vocabulary
+from qlora_pl.modeling.adapters.lora import keep_adapters_in, settle_adapters
+from qlora_pl.modeling.base.encoder_decoder import is_encoder_decoder
+from qlora_pl.modeling.base.identity import BaseIdentity, identify_base, refuse_unpinned_code
+from qlora_pl.modeling.base.prequantized import make_plan
+from qlora_pl.modeling.base.quantization_plan import QuantizationPlan, build_skeleton
+from qlora_pl.modeling.base.vocabulary import grow_vocabulary
+from qlora_pl.modeling.folders.peft_folder import other_kind, read_config, read_tensors
+from qlora_pl.modeling.loading.base_loading import LoadedBase, load_base
+from qlora_pl.modeling.loading.spread_loading import load_spread
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from qlora_pl.data.templates.loading import JINJA_SUFFIXES, TEMPLATES
 from qlora_pl.errors import ConfigurationError, did_you_mean
-from qlora_pl.modeling.adapter_folder import AdapterManifest, read_adapter_folder
-from qlora_pl.modeling.peft_folder import locate_adapter, read_config
-from qlora_pl.modeling.prequantized import stored_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig, QuantType
+from qlora_pl.modeling.base.prequantized import stored_quantization
+from qlora_pl.modeling.base.quantization import QuantizationConfig, QuantType
+from qlora_pl.modeling.folders.adapter_folder import AdapterManifest, read_adapter_folder
+from qlora_pl.modeling.folders.peft_folder import locate_adapter, read_config
 
 Precision = Literal["trained", "bfloat16", "float16", "float32"]
 PRECISIONS: tuple[Precision, ...] = ("trained", "bfloat16", "float16", "float32")

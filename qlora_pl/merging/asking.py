@@ -16,15 +16,15 @@ from qlora_pl.errors import QLoRAError
 from qlora_pl.inference.loading import Model, load
 from qlora_pl.inference.machine import place_of
 from qlora_pl.inference.source import ModelChoice, ModelSource
-from qlora_pl.modeling.copy_making import make_copy
-from qlora_pl.modeling.encoder_decoder import auto_class
-from qlora_pl.modeling.host_memory import large_blocks_apart, release_freed_memory
-from qlora_pl.modeling.identity import BaseIdentity
-from qlora_pl.modeling.loading import keep_gradients_on_cpu, unquantized_dtype
-from qlora_pl.modeling.packed_cache import packed_folder, verify_packed
-from qlora_pl.modeling.plan import QuantizationPlan
-from qlora_pl.modeling.prequantized import is_prequantized
-from qlora_pl.modeling.quantization import resolve_compute_dtype
+from qlora_pl.modeling.base.encoder_decoder import auto_class
+from qlora_pl.modeling.base.identity import BaseIdentity
+from qlora_pl.modeling.base.prequantized import is_prequantized
+from qlora_pl.modeling.base.quantization import resolve_compute_dtype
+from qlora_pl.modeling.base.quantization_plan import QuantizationPlan
+from qlora_pl.modeling.loading.base_loading import keep_gradients_on_cpu, unquantized_dtype
+from qlora_pl.modeling.loading.copy_making import make_copy
+from qlora_pl.modeling.loading.host_memory import large_blocks_apart, release_freed_memory
+from qlora_pl.modeling.loading.packed_cache import packed_folder, verify_packed
 
 logger = logging.getLogger(__name__)
 

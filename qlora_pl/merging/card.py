@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_pl.inference.source import ModelSource
-from qlora_pl.modeling.card_sections import fenced, front_matter
-from qlora_pl.modeling.model_card import (
+from qlora_pl.modeling.folders.card_sections import fenced, front_matter
+from qlora_pl.modeling.folders.model_card import (
     about,
     asked,
     base_name,

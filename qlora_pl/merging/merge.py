@@ -40,9 +40,9 @@ from qlora_pl.merging.scoring import (
     write_reference,
 )
 from qlora_pl.merging.weights import POLICIES, MergedWeights, Policy
-from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
-from qlora_pl.modeling.host_memory import large_blocks_apart, release_freed_memory
-from qlora_pl.modeling.identity import BaseIdentity, identify_base
+from qlora_pl.modeling.base.encoder_decoder import is_encoder_decoder
+from qlora_pl.modeling.base.identity import BaseIdentity, identify_base
+from qlora_pl.modeling.loading.host_memory import large_blocks_apart, release_freed_memory
 
 logger = logging.getLogger(__name__)
 

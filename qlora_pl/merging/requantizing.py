@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.loading import bitsandbytes_config
-from qlora_pl.modeling.packed_model import packed_tensors
-from qlora_pl.modeling.plan import QuantizationPlan, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig, packed_bytes
-from qlora_pl.modeling.structure import is_conv1d
+from qlora_pl.modeling.base.quantization import QuantizationConfig, packed_bytes
+from qlora_pl.modeling.base.quantization_plan import QuantizationPlan, plan_quantization
+from qlora_pl.modeling.base.structure import is_conv1d
+from qlora_pl.modeling.loading.base_loading import bitsandbytes_config
+from qlora_pl.modeling.loading.packed_model import packed_tensors
 
 FourBits = Literal["nf4", "fp4"]
 

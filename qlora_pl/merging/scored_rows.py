@@ -23,9 +23,9 @@ from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.source import ModelSource
-from qlora_pl.modeling.adapter_folder import HELD_OUT
-from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
-from qlora_pl.modeling.generation import context_of
+from qlora_pl.modeling.answers.generation import context_of
+from qlora_pl.modeling.base.encoder_decoder import is_encoder_decoder
+from qlora_pl.modeling.folders.adapter_folder import HELD_OUT
 
 logger = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.loading import add_adapter
 from qlora_pl.inference.source import KEY, ModelSource
-from qlora_pl.modeling.identity import BaseIdentity, stored_dtype
-from qlora_pl.modeling.loading import from_pretrained
-from qlora_pl.modeling.packed_model import name_in_base
-from qlora_pl.modeling.peft_folder import read_tensors
-from qlora_pl.modeling.plan import QuantizationPlan, build_skeleton
-from qlora_pl.modeling.prequantized import is_prequantized, make_plan
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.structure import is_conv1d
-from qlora_pl.modeling.vocabulary import grow_vocabulary
+from qlora_pl.modeling.base.identity import BaseIdentity, stored_dtype
+from qlora_pl.modeling.base.prequantized import is_prequantized, make_plan
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import QuantizationPlan, build_skeleton
+from qlora_pl.modeling.base.structure import is_conv1d
+from qlora_pl.modeling.base.vocabulary import grow_vocabulary
+from qlora_pl.modeling.folders.peft_folder import read_tensors
+from qlora_pl.modeling.loading.base_loading import from_pretrained
+from qlora_pl.modeling.loading.packed_model import name_in_base
 
 Policy = Literal["dequantized", "original"]
 POLICIES: tuple[Policy, ...] = ("dequantized", "original")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
+from qlora_pl.modeling.base.encoder_decoder import is_encoder_decoder
 from qlora_pl.modeling.evaluation_mode import evaluation_mode
 from qlora_pl.modeling.parameters import logical_size
 

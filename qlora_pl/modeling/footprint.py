@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlora_pl.modeling.adapters import LoRAConfig, by_module, resolve_targets
-from qlora_pl.modeling.optimizers import OptimizerConfig, optimizer_state_bytes
-from qlora_pl.modeling.plan import plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig, packed_bytes
+from qlora_pl.modeling.adapters.lora import LoRAConfig, by_module, resolve_targets
+from qlora_pl.modeling.base.quantization import QuantizationConfig, packed_bytes
+from qlora_pl.modeling.base.quantization_plan import plan_quantization
+from qlora_pl.modeling.base.structure import is_conv1d, linear_names
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig, optimizer_state_bytes
 from qlora_pl.modeling.sharding import unit_names
-from qlora_pl.modeling.structure import is_conv1d, linear_names
 
 HALF = 2
 """Bytes of a weight or an activation in 16 bits."""

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 
 logger = logging.getLogger(__name__)
 

@@ -23,44 +23,45 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qlora_pl.batch import Batch, PromptBatch
-from qlora_pl.modeling.adapter_start import Start, find_start, start_adapters
-from qlora_pl.modeling.adapters import LoRAConfig, refuse_unfit_ranks, resolve_targets
-from qlora_pl.modeling.assembly import load_adapted, shards_parameters
-from qlora_pl.modeling.base_checksum import BaseWatch
+from qlora_pl.modeling.adapters.adapter_start import Start, find_start, start_adapters
+from qlora_pl.modeling.adapters.lora import LoRAConfig, refuse_unfit_ranks, resolve_targets
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import answer_rows
+from qlora_pl.modeling.base.base_checksum import BaseWatch
+from qlora_pl.modeling.base.encoder_decoder import language_model_loss, refuse_other_rows
+from qlora_pl.modeling.base.identity import BaseIdentity, identify_base, refuse_unpinned_code
+from qlora_pl.modeling.base.prequantized import make_plan
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import AttentionKernel, build_skeleton
+from qlora_pl.modeling.base.vocabulary import check_vocabulary, rows_of
 from qlora_pl.modeling.compatibility import describe_run, refuse_other_tensors
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.encoder_decoder import language_model_loss, refuse_other_rows
 from qlora_pl.modeling.full_training import refuse_packed_weights
-from qlora_pl.modeling.generation import answer_rows
-from qlora_pl.modeling.gradients import scale_gradients
-from qlora_pl.modeling.identity import BaseIdentity, identify_base, refuse_unpinned_code
-from qlora_pl.modeling.loading import LoadedBase, prepare_for_training
-from qlora_pl.modeling.loss import Normalization
-from qlora_pl.modeling.micro_batches import MicroBatchRunner, OnOutOfMemory
-from qlora_pl.modeling.mixed_precision import SkippedSteps, choose_precision
+from qlora_pl.modeling.loading.assembly import load_adapted, shards_parameters
+from qlora_pl.modeling.loading.base_loading import LoadedBase, prepare_for_training
+from qlora_pl.modeling.loading.sharded_loading import refuse_unshardable
 from qlora_pl.modeling.module_checkpoint import (
     PIECES,
     add_to_checkpoint,
     key_by_index,
     refuse_other_run,
 )
-from qlora_pl.modeling.optimizers import (
+from qlora_pl.modeling.optimization.gradients import scale_gradients
+from qlora_pl.modeling.optimization.mixed_precision import SkippedSteps, choose_precision
+from qlora_pl.modeling.optimization.optimizers import (
     OptimizerConfig,
     ScheduleConfig,
     build_optimizer,
     build_schedule,
     warn_of_high_rate,
 )
-from qlora_pl.modeling.packing_certificate import settle_packing
+from qlora_pl.modeling.optimization.state_precision import refuse_shard_count
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.modeling.plan import AttentionKernel, build_skeleton
-from qlora_pl.modeling.prequantized import make_plan
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.sharded_loading import refuse_unshardable
 from qlora_pl.modeling.sharding import copy_into, is_sharded, unit_names, whole
-from qlora_pl.modeling.split_loss import SplitLoss
-from qlora_pl.modeling.state_precision import refuse_shard_count
-from qlora_pl.modeling.step import (
+from qlora_pl.modeling.steps.loss import Normalization
+from qlora_pl.modeling.steps.micro_batches import MicroBatchRunner, OnOutOfMemory
+from qlora_pl.modeling.steps.packing_certificate import settle_packing
+from qlora_pl.modeling.steps.split_loss import SplitLoss
+from qlora_pl.modeling.steps.step import (
     MicroBatch,
     StepStatistics,
     refuse_other_sums,
@@ -69,7 +70,6 @@ from qlora_pl.modeling.step import (
     sum_over_step,
 )
 from qlora_pl.modeling.summary import summarize
-from qlora_pl.modeling.vocabulary import check_vocabulary, rows_of
 
 logger = logging.getLogger(__name__)
 

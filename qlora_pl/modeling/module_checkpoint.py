@@ -9,7 +9,10 @@ from torch.optim import Optimizer
 
 from qlora_pl.errors import CheckpointError
 from qlora_pl.modeling.compatibility import differences
-from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
+from qlora_pl.modeling.optimization.optimizer_state import (
+    named_optimizer_state,
+    optimizer_state_from_names,
+)
 from qlora_pl.modeling.sharding import is_shared
 
 RECORD = "qlora_pl"

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from qlora_pl.modeling.loading import LoadedBase
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.verification import wanted_kind
+from qlora_pl.modeling.loading.base_loading import LoadedBase
 from qlora_pl.modeling.parameters import count_parameters
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.verification import wanted_kind
 
 
 def summarize(

@@ -28,8 +28,8 @@ from qlora_pl.errors import QLoRAError
 from qlora_pl.inference.answering import Answerer, Encoded, TooLong
 from qlora_pl.inference.loading import Model, make_encoder
 from qlora_pl.inference.source import BASE
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.generation import RowAnswer
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import RowAnswer
 from qlora_pl.serving.engine import Engine
 from qlora_pl.serving.refusals import RefusedError, broken
 from qlora_pl.serving.replies import Replies, as_line, models

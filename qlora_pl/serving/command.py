@@ -15,7 +15,7 @@ from typing import Any
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.flags import Flags
 from qlora_pl.inference.source import ModelChoice, resolve_source
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 logger = logging.getLogger(__name__)
 

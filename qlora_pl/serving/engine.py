@@ -19,10 +19,10 @@ from qlora_pl.data.batches.collation import collate_prompts
 from qlora_pl.inference.answering import Encoded
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.source import BASE
-from qlora_pl.modeling.encoder_decoder import is_encoder_decoder
-from qlora_pl.modeling.generation import answer_batch, context_of, room_for_answer
-from qlora_pl.modeling.out_of_memory import free_memory, is_out_of_memory
-from qlora_pl.modeling.row_logits import SEED_STRIDE
+from qlora_pl.modeling.answers.generation import answer_batch, context_of, room_for_answer
+from qlora_pl.modeling.answers.row_logits import SEED_STRIDE
+from qlora_pl.modeling.base.encoder_decoder import is_encoder_decoder
+from qlora_pl.modeling.steps.out_of_memory import free_memory, is_out_of_memory
 from qlora_pl.serving.refusals import RefusedError, broken, out_of_memory, stopping
 from qlora_pl.serving.rows import BatchStreamer, Job, Row, RowStream
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_pl.modeling.generation import RowAnswer
+from qlora_pl.modeling.answers.generation import RowAnswer
 from qlora_pl.serving.rows import Ended, Piece
 
 DONE = "data: [DONE]\n\n"

@@ -12,8 +12,8 @@ from typing import Any
 
 from qlora_pl.chat.streaming import TextStream
 from qlora_pl.inference.answering import Encoded
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.generation import RowAnswer, row_answer
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import RowAnswer, row_answer
 from qlora_pl.serving.refusals import RefusedError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.inference.prompts import Prompt, conversation_of
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 from qlora_pl.serving.refusals import RefusedError
 
 MOST_ANSWERS = 128

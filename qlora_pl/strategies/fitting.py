@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from qlora_pl.modeling.base.quantization_plan import build_skeleton
 from qlora_pl.modeling.footprint import estimate_footprint
-from qlora_pl.modeling.plan import build_skeleton
 from qlora_pl.strategies.choice import choose_strategy
 
 logger = logging.getLogger(__name__)

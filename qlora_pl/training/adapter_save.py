@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from qlora_pl.data.encoding.served_template import served_tokenizer
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import sha256_file
-from qlora_pl.modeling.adapter_folder import (
+from qlora_pl.modeling.base.encoder_decoder import auto_class_name, whole_inputs
+from qlora_pl.modeling.evaluation_mode import evaluation_mode
+from qlora_pl.modeling.folders.adapter_folder import (
     HELD_OUT_ROWS,
     AdapterManifest,
     companion_files,
@@ -29,10 +31,8 @@ from qlora_pl.modeling.adapter_folder import (
     read_adapter_tensors,
     write_adapter_folder,
 )
-from qlora_pl.modeling.encoder_decoder import auto_class_name, whole_inputs
-from qlora_pl.modeling.evaluation_mode import evaluation_mode
-from qlora_pl.modeling.loading import bitsandbytes_config
-from qlora_pl.modeling.model_folder import read_tensor_digests, write_model_folder
+from qlora_pl.modeling.folders.model_folder import read_tensor_digests, write_model_folder
+from qlora_pl.modeling.loading.base_loading import bitsandbytes_config
 from qlora_pl.modeling.parameters import adapter_tensors
 from qlora_pl.training.card_facts import lasting_facts, losses_so_far
 from qlora_pl.training.run_folder import recorded_digest

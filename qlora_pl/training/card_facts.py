@@ -18,8 +18,8 @@ from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.data.reading.named_datasets import DATASETS, NamedDataset
 from qlora_pl.data.reading.source_config import SourceConfig
 from qlora_pl.errors import QLoRAError
-from qlora_pl.modeling.card_sections import QUESTION, chosen
-from qlora_pl.modeling.licences import base_licence
+from qlora_pl.modeling.folders.card_sections import QUESTION, chosen
+from qlora_pl.modeling.folders.licences import base_licence
 from qlora_pl.redaction import redact
 from qlora_pl.training.monitoring import RunMetrics
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qlora_pl.data.batches.batching import TrainingBatches
-from qlora_pl.modeling.encoder_decoder import language_model_loss
-from qlora_pl.modeling.optimizers import optimizer_state_bytes
+from qlora_pl.modeling.base.encoder_decoder import language_model_loss
+from qlora_pl.modeling.optimization.optimizers import optimizer_state_bytes
 from qlora_pl.training.random_state import collect_random_states, restore_random_states
 
 

@@ -19,10 +19,10 @@ from qlora_pl.data.batches.collation import collate_prompts
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import append_synced, write_atomic
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.generation import generate_answers
-from qlora_pl.modeling.micro_batches import MicroBatchRunner
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import generate_answers
 from qlora_pl.modeling.sharding import is_shared
+from qlora_pl.modeling.steps.micro_batches import MicroBatchRunner
 from qlora_pl.training.run_logger import RunLogger
 from qlora_pl.training.stopping import is_told_to_stop
 

@@ -19,7 +19,7 @@ from trained import Type
 
 from qlora_pl.chat.address import Login, PageOptions, free_port
 from qlora_pl.inference.loading import Model
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'qlora-pl[web]'")
 

@@ -20,7 +20,7 @@ from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.errors import DatasetFormatError
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.source import BASE
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # a run happens in this process
 

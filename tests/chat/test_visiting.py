@@ -21,8 +21,8 @@ from qlora_pl.data.conversation import Message
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.source import BASE
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.generation import RowAnswer
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import RowAnswer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # a run happens in this process
 

@@ -17,7 +17,7 @@ from qlora_pl.exporting.answer_settings import AnswerSettings
 from qlora_pl.exporting.go_template import go_template
 from qlora_pl.exporting.ollama import modelfile, ollama_joints
 from qlora_pl.exporting.parity import check_parity, text_ids
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 Type = Callable[..., tuple[int, str, str]]
 

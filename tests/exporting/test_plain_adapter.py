@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.exporting.plain_adapter import plain_adapter
-from qlora_pl.modeling.adapter_folder import read_adapter_folder
+from qlora_pl.modeling.folders.adapter_folder import read_adapter_folder
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]
 

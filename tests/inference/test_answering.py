@@ -11,7 +11,7 @@ from qlora_pl.inference.answering import Answer, Answerer, TooLong
 from qlora_pl.inference.loading import Model
 from qlora_pl.inference.prompts import Prompt
 from qlora_pl.inference.source import BASE
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

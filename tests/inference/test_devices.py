@@ -15,12 +15,12 @@ from qlora_pl.errors import HardwareError, QLoRAError
 from qlora_pl.inference.loading import Model, load
 from qlora_pl.inference.machine import Place, parse_memory, place_of
 from qlora_pl.inference.source import ModelChoice, resolve_source
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import load_base
-from qlora_pl.modeling.plan import QuantizationPlan, build_skeleton
-from qlora_pl.modeling.prequantized import make_plan
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.spread_loading import lay_out, load_spread, parts, weight_bytes
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.prequantized import make_plan
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import QuantizationPlan, build_skeleton
+from qlora_pl.modeling.loading.base_loading import load_base
+from qlora_pl.modeling.loading.spread_loading import lay_out, load_spread, parts, weight_bytes
 
 HOST = torch.device("cpu")
 OTHER = torch.device("cpu", 0)  # the same memory by another name, which counts as a second device

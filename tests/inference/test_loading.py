@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from qlora_pl.errors import AdapterFolderError, QLoRAError
 from qlora_pl.inference.loading import Model, load
 from qlora_pl.inference.source import BASE, ModelChoice, resolve_source
-from qlora_pl.modeling.adapters import SettlingLinear
+from qlora_pl.modeling.adapters.lora import SettlingLinear
 from qlora_pl.modeling.parameters import trainable_tensors
 
 CPU = torch.device("cpu")

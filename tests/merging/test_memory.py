@@ -17,7 +17,7 @@ from qlora_pl.merging.asking import load_merged, load_trained
 from qlora_pl.merging.candidates import Form, write_candidate
 from qlora_pl.merging.weights import MergedWeights
 from qlora_pl.merging.writing import SHARD_BYTES
-from qlora_pl.modeling.identity import identify_base
+from qlora_pl.modeling.base.identity import identify_base
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # a whole run happens in this process
 

@@ -31,8 +31,8 @@ from qlora_pl.inference.loading import load
 from qlora_pl.inference.source import ModelChoice, resolve_source
 from qlora_pl.merging.scored_rows import ScoredRow, held_out_rows, rows_of_file
 from qlora_pl.merging.scoring import in_words, score, write_reference
-from qlora_pl.modeling.loading import keep_gradients_on_cpu
-from qlora_pl.modeling.plan import build_skeleton
+from qlora_pl.modeling.base.quantization_plan import build_skeleton
+from qlora_pl.modeling.loading.base_loading import keep_gradients_on_cpu
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process
 

@@ -20,8 +20,8 @@ from qlora_pl.merging.candidates import Form, write_candidate
 from qlora_pl.merging.requantizing import plan_packing
 from qlora_pl.merging.weights import MergedWeights
 from qlora_pl.merging.writing import write_shards
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import keep_gradients_on_cpu
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.loading.base_loading import keep_gradients_on_cpu
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

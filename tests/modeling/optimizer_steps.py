@@ -21,10 +21,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from qlora_pl.modeling.gradients import scale_gradients, total_norm
-from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
-from qlora_pl.modeling.optimizers import OptimizerConfig, build_optimizer
-from qlora_pl.modeling.sharded_optimizer import ShardedOptimizer, local_shard
+from qlora_pl.modeling.optimization.gradients import scale_gradients, total_norm
+from qlora_pl.modeling.optimization.optimizer_state import (
+    named_optimizer_state,
+    optimizer_state_from_names,
+)
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig, build_optimizer
+from qlora_pl.modeling.optimization.sharded_optimizer import ShardedOptimizer, local_shard
 
 Shard = Callable[[nn.Module], None]
 

@@ -11,10 +11,10 @@ from adapter_runs import KillAt, make_data, one_thread  # noqa: F401 (for files 
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 
-from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.run_folder import newest_verified

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.errors import AdapterFolderError, TrainingStoppedError
-from qlora_pl.modeling.adapter_folder import (
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.folders.adapter_folder import (
     AdapterManifest,
     companion_files,
     model_card,
@@ -32,12 +34,10 @@ from qlora_pl.modeling.adapter_folder import (
     read_adapter_tensors,
     write_adapter_folder,
 )
-from qlora_pl.modeling.adapters import LoRAConfig
-from qlora_pl.modeling.loading import keep_gradients_on_cpu
+from qlora_pl.modeling.loading.base_loading import keep_gradients_on_cpu
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.modeling.parameters import adapter_tensors
-from qlora_pl.modeling.quantization import QuantizationConfig
 from qlora_pl.training.adapter_save import held_out_rows, make_manifest
 
 pytestmark = [

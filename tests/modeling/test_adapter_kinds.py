@@ -24,15 +24,15 @@ from plain_peft import reload_with_plain_peft
 from torch import Tensor
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import (
+from qlora_pl.modeling.adapters.lora import (
     LoRAConfig,
     attach_adapters,
     refuse_unfit_ranks,
     resolve_targets,
 )
+from qlora_pl.modeling.base.quantization_plan import build_skeleton
 from qlora_pl.modeling.compute import compute_cost
 from qlora_pl.modeling.parameters import adapter_tensors, count_parameters
-from qlora_pl.modeling.plan import build_skeleton
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

@@ -34,8 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_pl.errors import CheckpointError, ConfigurationError
-from qlora_pl.modeling.adapter_start import start_at_adapter
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
+from qlora_pl.modeling.adapters.adapter_start import start_at_adapter
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.training.run_folder import newest_verified

@@ -15,18 +15,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import CastingLinear, LoRAConfig, attach_adapters, resolve_targets
+from qlora_pl.modeling.adapters.lora import (
+    CastingLinear,
+    LoRAConfig,
+    attach_adapters,
+    resolve_targets,
+)
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.compute import compute_cost
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import load_base
+from qlora_pl.modeling.loading.base_loading import load_base
 from qlora_pl.modeling.parameters import (
     adapter_tensors,
     count_parameters,
     logical_size,
     trainable_tensors,
 )
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
 
 # plain PEFT asks transformers for a property under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.errors import ConfigurationError, QLoRAError
-from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.quantization import QuantizationConfig
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]
 Change = Callable[[Path], Any]

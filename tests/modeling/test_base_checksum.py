@@ -11,8 +11,8 @@ from adapter_runs import CPU, load
 from torch import Tensor
 
 from qlora_pl.errors import CheckpointError, TrainingStoppedError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.base_checksum import (
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.base.base_checksum import (
     CHUNK_FACTOR,
     TABLE_WORDS,
     BaseWatch,

@@ -12,8 +12,11 @@ import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from torch import Tensor, nn
 
-from qlora_pl.modeling.bitsandbytes_state import SettledState, settled
-from qlora_pl.modeling.optimizer_state import named_optimizer_state, optimizer_state_from_names
+from qlora_pl.modeling.optimization.bitsandbytes_state import SettledState, settled
+from qlora_pl.modeling.optimization.optimizer_state import (
+    named_optimizer_state,
+    optimizer_state_from_names,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import LoadedBase, load_base
-from qlora_pl.modeling.packed_cache import packed_folder
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig, bits_per_weight, packed_bytes
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.loading.base_loading import LoadedBase, load_base
+from qlora_pl.modeling.loading.packed_cache import packed_folder
 from qlora_pl.modeling.parameters import count_parameters
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig, bits_per_weight, packed_bytes
 
 CPU = torch.device("cpu")
 KINDS = [

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.files import TEMPORARY_PREFIX
-from qlora_pl.modeling import packed_cache
-from qlora_pl.modeling.copy_making import make_copy
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import load_base
-from qlora_pl.modeling.packed_cache import PackedWriter, read_packed, verify_packed
-from qlora_pl.modeling.packed_model import named_tensors
-from qlora_pl.modeling.plan import build_skeleton
-from qlora_pl.modeling.prequantized import make_plan
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.prequantized import make_plan
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton
+from qlora_pl.modeling.loading import packed_cache
+from qlora_pl.modeling.loading.base_loading import load_base
+from qlora_pl.modeling.loading.copy_making import make_copy
+from qlora_pl.modeling.loading.packed_cache import PackedWriter, read_packed, verify_packed
+from qlora_pl.modeling.loading.packed_model import named_tensors
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent.parent
@@ -159,7 +159,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from pathlib import Path
-from qlora_pl.modeling import packed_cache
+from qlora_pl.modeling.loading import packed_cache
 sys.path.insert(0, sys.argv[3])
 from test_copy_making import arguments, make_copy
 

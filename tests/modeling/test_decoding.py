@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from qlora_pl.data.batches.collation import collate_prompts
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import answer_batch, generate_answers
+from qlora_pl.modeling.answers.row_logits import RowLogits
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.evaluation_mode import evaluation_mode
-from qlora_pl.modeling.generation import answer_batch, generate_answers
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import load_base, prepare_for_training
+from qlora_pl.modeling.loading.base_loading import load_base, prepare_for_training
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.row_logits import RowLogits
 
 PROMPTS = ["How many legs has a spider?", "What?", "The capital of France is", "a"]
 EOS = 2

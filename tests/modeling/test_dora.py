@@ -18,11 +18,11 @@ from adapter_runs import (
     twin_of,
 )
 
-from qlora_pl.modeling.adapters import (
+from qlora_pl.modeling.adapters.lora import (
     LoRAConfig,
     attach_adapters,
 )
-from qlora_pl.modeling.loading import prepare_for_training
+from qlora_pl.modeling.loading.base_loading import prepare_for_training
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

@@ -26,11 +26,11 @@ from lightning.pytorch import Callback, Trainer
 from plain_peft import reload_with_plain_peft
 from torch import Tensor, nn
 
-import qlora_pl.modeling.adapter_start as adapter_start
+import qlora_pl.modeling.adapters.adapter_start as adapter_start
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.eva import start_at_activations
-from qlora_pl.modeling.loading import prepare_for_training
+from qlora_pl.modeling.adapters.eva import start_at_activations
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.loading.base_loading import prepare_for_training
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

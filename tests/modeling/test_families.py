@@ -16,9 +16,9 @@ from families import FAMILIES, Family, Saver
 from plain_peft import reload_with_plain_peft
 from torch import Tensor, nn
 
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.encoder_decoder import language_model_loss, whole_inputs
-from qlora_pl.modeling.loading import prepare_for_training
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.base.encoder_decoder import language_model_loss, whole_inputs
+from qlora_pl.modeling.loading.base_loading import prepare_for_training
 from qlora_pl.modeling.parameters import trainable_tensors
 from qlora_pl.training.monitoring import RunMetrics
 

@@ -27,15 +27,16 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_pl.errors import AdapterFolderError, ConfigurationError
-from qlora_pl.modeling import micro_batches, model_folder
-from qlora_pl.modeling.adapter_folder import read_adapter_folder
-from qlora_pl.modeling.adapters import LoRAConfig
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import load_base
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.folders import model_folder
+from qlora_pl.modeling.folders.adapter_folder import read_adapter_folder
+from qlora_pl.modeling.loading.base_loading import load_base
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.steps import micro_batches
 from qlora_pl.training.run_folder import newest_verified
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
 PROGRAM = """
 import contextlib, sys
-from qlora_pl.modeling.host_memory import large_blocks_apart
+from qlora_pl.modeling.loading.host_memory import large_blocks_apart
 
 def anonymous():
     with open("/proc/self/status") as status:

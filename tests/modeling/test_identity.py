@@ -17,7 +17,7 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import cache_root
-from qlora_pl.modeling.identity import (
+from qlora_pl.modeling.base.identity import (
     BaseIdentity,
     file_digest,
     identify_base,
@@ -26,10 +26,10 @@ from qlora_pl.modeling.identity import (
     safetensors_header,
     weight_files,
 )
-from qlora_pl.modeling.loading import load_base
-from qlora_pl.modeling.plan import build_skeleton
-from qlora_pl.modeling.prequantized import make_plan
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.base.prequantized import make_plan
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton
+from qlora_pl.modeling.loading.base_loading import load_base
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_fingerprints_are_remembered_until_the_file_is_written_to(base, tmp_path
         read.append(path)
         return safetensors_header(path)
 
-    monkeypatch.setattr("qlora_pl.modeling.identity.safetensors_header", count)
+    monkeypatch.setattr("qlora_pl.modeling.base.identity.safetensors_header", count)
     monkeypatch.setenv("QLORA_PL_CACHE", str(tmp_path / "memory"))
     first, second = identify(base), identify(base)
     assert first == second

@@ -22,13 +22,13 @@ from small_runs import fit, logits, make_row, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import LoadedBase, load_base, prepare_for_training
-from qlora_pl.modeling.loss import causal_lm_loss
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig, bits_per_weight, packed_bytes
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.loading.base_loading import LoadedBase, load_base, prepare_for_training
 from qlora_pl.modeling.parameters import count_parameters, trainable_tensors
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig, bits_per_weight, packed_bytes
+from qlora_pl.modeling.steps.loss import causal_lm_loss
 
 CPU = torch.device("cpu")
 LORA = LoRAConfig(r=4, bias="all")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from adapter_runs import load
 
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.late_start import LateStarts
+from qlora_pl.modeling.adapters.late_start import LateStarts
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.base.quantization_plan import build_skeleton
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.modeling.plan import build_skeleton
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 

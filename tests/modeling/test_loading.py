@@ -25,13 +25,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import LoadedBase, load_base, packed_folder, prepare_for_training
-from qlora_pl.modeling.loss import causal_lm_loss
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.structure import head_name, linear_names, matrices
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.base.structure import head_name, linear_names, matrices
+from qlora_pl.modeling.loading.base_loading import (
+    LoadedBase,
+    load_base,
+    packed_folder,
+    prepare_for_training,
+)
+from qlora_pl.modeling.steps.loss import causal_lm_loss
 
 CPU = torch.device("cpu")
 IN_LAYER = [
@@ -177,7 +182,8 @@ def test_subclasses_of_linear_are_packed_though_transformers_passes_over_them(
     )
     # without the project's own replacement the load fails by name, instead of going on in 16 bits
     monkeypatch.setattr(
-        "qlora_pl.modeling.loading.planned_replacement", lambda *_: contextlib.nullcontext()
+        "qlora_pl.modeling.loading.base_loading.planned_replacement",
+        lambda *_: contextlib.nullcontext(),
     )
     with pytest.raises(ConfigurationError) as caught:
         load(tmp_path / "falcon")

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import qlora_pl.modeling.loss as loss_module
+import qlora_pl.modeling.steps.loss as loss_module
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.batches.collation import collate
 from qlora_pl.data.rows.encoded_rows import EncodedRows
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import load_base, prepare_for_training
-from qlora_pl.modeling.loss import causal_lm_loss, token_losses, trained_logits
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.loading.base_loading import load_base, prepare_for_training
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.steps.loss import causal_lm_loss, token_losses, trained_logits
 
 # Tokens of each row, and from which on they are trained.
 ROWS = [(12, 5), (7, 3), (16, 15), (9, 9)]

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_pl.errors import ConfigurationError, TrainingStoppedError
-from qlora_pl.modeling import micro_batches, mixed_precision
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import load_base
-from qlora_pl.modeling.mixed_precision import MAX_SKIPPED
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.loading.base_loading import load_base
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.optimization import mixed_precision
+from qlora_pl.modeling.optimization.mixed_precision import MAX_SKIPPED
+from qlora_pl.modeling.steps import micro_batches
 from qlora_pl.training.run_folder import newest_verified
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
@@ -367,7 +368,7 @@ def test_the_plugin_is_of_the_device_that_the_run_will_use(
         asked.append(arguments)
         raise Stop
 
-    monkeypatch.setattr("qlora_pl.modeling.mixed_precision.precision_plugin", note)
+    monkeypatch.setattr("qlora_pl.modeling.optimization.mixed_precision.precision_plugin", note)
     monkeypatch.setattr(QLoRAModule, "device", torch.device("meta"))
     with pytest.raises(Stop):
         fit(tmp_path, tiny_base, rows_file, compute_dtype="float16")

@@ -21,9 +21,9 @@ from huggingface_hub import ModelCard
 from plain_peft import undo_replacements
 from typed import type_words
 
-from qlora_pl.modeling.adapter_folder import read_adapter_folder
-from qlora_pl.modeling.card_sections import MOST_ROWS, chosen
-from qlora_pl.modeling.licences import base_licence
+from qlora_pl.modeling.folders.adapter_folder import read_adapter_folder
+from qlora_pl.modeling.folders.card_sections import MOST_ROWS, chosen
+from qlora_pl.modeling.folders.licences import base_licence
 from qlora_pl.training.card_facts import _sources, lasting_facts
 from qlora_pl.training.monitoring import RunMetrics
 

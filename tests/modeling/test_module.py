@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-import qlora_pl.modeling.loss as loss_module
+import qlora_pl.modeling.steps.loss as loss_module
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.errors import CheckpointError, ConfigurationError, TrainingStoppedError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import load_base
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.loading.base_loading import load_base
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.modeling.summary import summarize
 
 pytestmark = [

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_pl.errors import CheckpointError, ConfigurationError
-from qlora_pl.modeling.optimizer_state import (
+from qlora_pl.modeling.optimization.optimizer_state import (
     named_optimizer_state,
     optimizer_state_from_names,
 )
-from qlora_pl.modeling.optimizers import (
+from qlora_pl.modeling.optimization.optimizers import (
     OptimizerConfig,
     ScheduleConfig,
     build_optimizer,

@@ -23,10 +23,10 @@ from memory_runs import Plan, Shortage, Shortages, apart, find_layers, metrics, 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.errors import TrainingStoppedError
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.loss import causal_lm_loss, trained_weight
-from qlora_pl.modeling.out_of_memory import is_out_of_memory
-from qlora_pl.modeling.splitting import split_batch
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.steps.loss import causal_lm_loss, trained_weight
+from qlora_pl.modeling.steps.out_of_memory import is_out_of_memory
+from qlora_pl.modeling.steps.splitting import split_batch
 from qlora_pl.training.samples import SampleWriter
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process

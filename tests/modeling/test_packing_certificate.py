@@ -21,21 +21,21 @@ from adapter_runs import fill, load
 from families import CAUSAL_FAMILIES, Family, Saver
 from torch import nn
 
-import qlora_pl.modeling.packing_certificate as certificate
+import qlora_pl.modeling.steps.packing_certificate as certificate
 from qlora_pl.batch import IGNORE_INDEX, PackingProbe
 from qlora_pl.data.batches.collation import make_packing_probe
 from qlora_pl.data.encoding.example import EncodedExample
 from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.loading import prepare_for_training
-from qlora_pl.modeling.packing_certificate import (
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.loading.base_loading import prepare_for_training
+from qlora_pl.modeling.parameters import trainable_tensors
+from qlora_pl.modeling.steps.packing_certificate import (
     HALF_TOLERANCE,
     measure_leak,
     packing_problem,
     settle_packing,
 )
-from qlora_pl.modeling.parameters import trainable_tensors
 
 LEAKS = {"BLOOM", "Falcon (rotary)", "Falcon RW", "OPT"}
 

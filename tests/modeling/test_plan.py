@@ -19,20 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters, resolve_targets
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters, resolve_targets
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import (
+    QuantizationPlan,
+    build_skeleton,
+    plan_quantization,
+)
+from qlora_pl.modeling.base.structure import is_plain_product, linear_names, matrices
 from qlora_pl.modeling.compute import compute_cost
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import (
+from qlora_pl.modeling.loading.base_loading import (
     LoadedBase,
     bitsandbytes_config,
     load_base,
     prepare_for_training,
 )
-from qlora_pl.modeling.loss import causal_lm_loss
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.modeling.plan import QuantizationPlan, build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.structure import is_plain_product, linear_names, matrices
+from qlora_pl.modeling.steps.loss import causal_lm_loss
 from qlora_pl.modeling.summary import summarize
 
 CPU = torch.device("cpu")

@@ -23,11 +23,11 @@ from small_runs import fit, logits, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import LoadedBase, load_base
-from qlora_pl.modeling.plan import build_skeleton
-from qlora_pl.modeling.prequantized import is_prequantized, make_plan
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.prequantized import is_prequantized, make_plan
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton
+from qlora_pl.modeling.loading.base_loading import LoadedBase, load_base
 
 CPU = torch.device("cpu")
 HELD = {

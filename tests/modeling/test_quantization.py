@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.quantization import (
+from qlora_pl.modeling.base.quantization import (
     QuantizationConfig,
     bits_per_weight,
     compute_advice,
     packed_bytes,
     resolve_compute_dtype,
 )
-from qlora_pl.modeling.reference_quantizer import (
+from qlora_pl.modeling.base.reference_quantizer import (
     DoubleQuantized,
     ReferenceQuantized,
     dequantize_absmax,

@@ -29,9 +29,9 @@ from optimizer_steps import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from qlora_pl.modeling.gradients import total_norm
-from qlora_pl.modeling.optimizers import optimizer_state_bytes
-from qlora_pl.modeling.sharded_optimizer import ShardedOptimizer
+from qlora_pl.modeling.optimization.gradients import total_norm
+from qlora_pl.modeling.optimization.optimizers import optimizer_state_bytes
+from qlora_pl.modeling.optimization.sharded_optimizer import ShardedOptimizer
 
 PROGRAM = Path(__file__).parent / "optimizer_steps.py"
 every_optimizer = pytest.mark.parametrize("name", CONFIGS)

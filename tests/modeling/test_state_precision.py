@@ -9,8 +9,12 @@ import torch
 from torch import nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.optimizers import OptimizerConfig, build_optimizer, optimizer_state_bytes
-from qlora_pl.modeling.state_precision import keeps_8bit_state, refuse_shard_count
+from qlora_pl.modeling.optimization.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    optimizer_state_bytes,
+)
+from qlora_pl.modeling.optimization.state_precision import keeps_8bit_state, refuse_shard_count
 
 SHAPES = [
     (64, 4096),

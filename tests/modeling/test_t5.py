@@ -23,10 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.data.batches.pair_batches import collate_pairs
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
-from qlora_pl.modeling.compute import compute_cost
-from qlora_pl.modeling.decoding import DecodingConfig
-from qlora_pl.modeling.encoder_decoder import (
+from qlora_pl.modeling.adapters.eva import start_at_activations
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
+from qlora_pl.modeling.answers.decoding import DecodingConfig
+from qlora_pl.modeling.answers.generation import generate_answers
+from qlora_pl.modeling.base.encoder_decoder import (
     auto_class_name,
     decoder_inputs,
     is_encoder_decoder,
@@ -34,17 +35,16 @@ from qlora_pl.modeling.encoder_decoder import (
     seq2seq_loss,
     whole_inputs,
 )
-from qlora_pl.modeling.eva import start_at_activations
-from qlora_pl.modeling.generation import generate_answers
-from qlora_pl.modeling.identity import identify_base
-from qlora_pl.modeling.loading import load_base, prepare_for_training
+from qlora_pl.modeling.base.identity import identify_base
+from qlora_pl.modeling.base.quantization import QuantizationConfig
+from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.modeling.base.vocabulary import grow_vocabulary
+from qlora_pl.modeling.compute import compute_cost
+from qlora_pl.modeling.loading.base_loading import load_base, prepare_for_training
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.parameters import count_parameters, trainable_tensors
-from qlora_pl.modeling.plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.step import MicroBatch
+from qlora_pl.modeling.steps.step import MicroBatch
 from qlora_pl.modeling.summary import summarize
-from qlora_pl.modeling.vocabulary import grow_vocabulary
 
 CPU = torch.device("cpu")
 KINDS = ["T5", "T5 v1.1, Flan-T5"]

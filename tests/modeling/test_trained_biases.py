@@ -23,11 +23,11 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import (
+from qlora_pl.modeling.adapters.lora import (
     LoRAConfig,
     attach_adapters,
 )
-from qlora_pl.modeling.loading import prepare_for_training
+from qlora_pl.modeling.loading.base_loading import prepare_for_training
 from qlora_pl.modeling.parameters import trainable_tensors
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 
 ROWS = 390  # embedding rows of the base; its tokenizer has 389 tokens
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process

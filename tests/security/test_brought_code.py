@@ -11,7 +11,7 @@ import torch
 from conftest import save_base
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.identity import refuse_code_from_elsewhere
+from qlora_pl.modeling.base.identity import refuse_code_from_elsewhere
 from security.attempts import Makes, Type, fit
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process

@@ -14,10 +14,10 @@ import pytest
 
 from qlora_pl.errors import AdapterFolderError, ConfigurationError
 from qlora_pl.files import atomic_folder, sha256_file, temporary_folder
-from qlora_pl.modeling.adapter_folder import AdapterManifest, read_adapter_folder
-from qlora_pl.modeling.identity import weight_files
-from qlora_pl.modeling.own_files import is_plain_name
-from qlora_pl.modeling.peft_folder import locate_adapter
+from qlora_pl.modeling.base.identity import weight_files
+from qlora_pl.modeling.folders.adapter_folder import AdapterManifest, read_adapter_folder
+from qlora_pl.modeling.folders.own_files import is_plain_name
+from qlora_pl.modeling.folders.peft_folder import locate_adapter
 from security.attempts import Type, fit
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process

@@ -16,7 +16,7 @@ from trained import CPU, adapter, other_base, run, type_in
 
 from qlora_pl.inference.loading import Model, load
 from qlora_pl.inference.source import ModelChoice, resolve_source
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 from qlora_pl.serving.app import Service, make_app
 from qlora_pl.serving.command import address_of, listen
 from qlora_pl.serving.engine import Engine

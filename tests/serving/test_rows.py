@@ -11,7 +11,7 @@ import torch
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.inference.answering import Encoded
 from qlora_pl.inference.prompts import Prompt
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 from qlora_pl.serving.rows import BatchStreamer, Ended, Event, Job, Piece, Row, RowStream
 
 STOP, PADDING = 1000, 1001

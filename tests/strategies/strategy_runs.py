@@ -18,11 +18,11 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from qlora_pl.data.datamodule import InstructionDataModule
-from qlora_pl.modeling.adapters import LoRAConfig
-from qlora_pl.modeling.base_checksum import combined, frozen_checksums
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.base_checksum import combined, frozen_checksums
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig
-from qlora_pl.modeling.quantization import QuantizationConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.run_folder import newest_verified
 

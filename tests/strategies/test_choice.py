@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
+from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.footprint import Footprint, estimate_footprint
-from qlora_pl.modeling.optimizers import OptimizerConfig
-from qlora_pl.modeling.quantization import QuantizationConfig
-from qlora_pl.modeling.sharded_loading import refuse_unshardable
+from qlora_pl.modeling.loading.sharded_loading import refuse_unshardable
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.strategies.choice import choose_strategy, refuse_other_strategies, strategy_named
 from qlora_pl.strategies.ddp import AdapterDDP
 from qlora_pl.strategies.fsdp2 import FSDP2Strategy

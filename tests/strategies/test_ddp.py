@@ -19,7 +19,7 @@ from memory_runs import apart, train, trained
 from rank_runs import PLANS, SHORTAGES, TRAFFIC
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.step import StepSums, refuse_other_sums
+from qlora_pl.modeling.steps.step import StepSums, refuse_other_sums
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.strategies.ddp import AdapterDDP
 

@@ -13,7 +13,7 @@ from test_resume import adapter_bytes, run
 
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import write_atomic
-from qlora_pl.modeling.adapter_folder import read_adapter_folder
+from qlora_pl.modeling.folders.adapter_folder import read_adapter_folder
 from qlora_pl.training.adapter_save import refuse_dead_adapters, verify_save
 from qlora_pl.training.run_folder import (
     checkpoint_path,
@@ -85,7 +85,7 @@ def test_the_digest_beside_a_checkpoint_is_what_sha256sum_reads(whole: Path) -> 
 
 def test_a_save_that_reads_back_differently_is_named(whole: Path) -> None:
     folder, checkpoint = product_path(whole, 20, "adapter"), checkpoint_path(whole, 20)
-    from qlora_pl.modeling.adapter_folder import read_adapter_tensors
+    from qlora_pl.modeling.folders.adapter_folder import read_adapter_tensors
 
     tensors: dict[str, Any] = read_adapter_tensors(folder)
     verify_save(folder, tensors, checkpoint)

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from test_resume import adapter_bytes, history, run
 
 from qlora_pl.errors import AdapterFolderError, TrainingStoppedError
-from qlora_pl.modeling.adapters import LoRAConfig, attach_adapters
+from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
 from qlora_pl.modeling.parameters import adapter_tensors, trainable_tensors
 from qlora_pl.training.checkpoint_files import Kept, Retention
 from qlora_pl.training.checkpoint_writer import CheckpointWriter, host_copy
@@ -99,7 +99,7 @@ def test_a_copy_shares_no_memory_with_what_is_trained() -> None:
 def test_copies_get_the_names_that_peft_gives_to_the_live_tensors(
     saved: Callable[[str], Path], tokenizer: Any, settings: dict[str, Any]
 ) -> None:
-    from qlora_pl.modeling.vocabulary import rows_of
+    from qlora_pl.modeling.base.vocabulary import rows_of
 
     base = load(saved("OPT" if "bias" in settings else "LLaMA")).model
     config = LoRAConfig(r=4, **settings)

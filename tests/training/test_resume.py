@@ -14,9 +14,9 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.errors import CheckpointError, ConfigurationError
-from qlora_pl.modeling.adapters import LoRAConfig
+from qlora_pl.modeling.adapters.lora import LoRAConfig
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimizers import OptimizerConfig, ScheduleConfig
+from qlora_pl.modeling.optimization.optimizers import OptimizerConfig, ScheduleConfig
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.run_folder import checkpoints_newest_first, newest_verified, verifies

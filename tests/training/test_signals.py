@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from test_resume import adapter_bytes, history, run
 
-from qlora_pl.modeling.decoding import DecodingConfig
+from qlora_pl.modeling.answers.decoding import DecodingConfig
 from qlora_pl.training.run_folder import is_complete, newest_verified, step_of
 from qlora_pl.training.samples import SampleWriter
 

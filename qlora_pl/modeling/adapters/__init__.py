@@ -1,0 +1,1 @@
+"""A frozen base -> the same base with adapters, and where their training begins."""

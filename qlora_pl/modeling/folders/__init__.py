@@ -1,0 +1,1 @@
+"""What training leaves behind for everything after it: folders, and the cards in them."""

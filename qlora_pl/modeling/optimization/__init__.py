@@ -1,0 +1,1 @@
+"""Gradients -> changed weights, on one device or cut over several."""
