@@ -192,7 +192,12 @@ CASES = [
     Case(model="opt"),
     Case(model="gpt2", changes=NO_DROPOUT),
     Case(model="gpt2", changes=NO_DROPOUT, setting={"attention": "eager", "dropout": 0.1}),
+    Case(model="gemma", setting={"has_mask": True, "attention": "eager"}),
+    Case(model="gpt2", changes=NO_DROPOUT, setting={"gradient_checkpointing": True}),
+    Case(model="llama", setting={"attention": "eager", "gradient_checkpointing": True}),
+    Case(model="llama", setting={"compute_dtype": "float16", "gradient_checkpointing": True}),
     Case(model="t5", setting={"has_mask": True}),
+    Case(model="t5", setting={"has_mask": True, "gradient_checkpointing": True}),
     Case(model="t5", setting={"attention": "eager", "has_mask": True, "dropout": 0.05}),
 ]
 

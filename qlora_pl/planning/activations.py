@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qlora_pl.planning import attention
 from qlora_pl.planning.attention import Rows, has_mask, kernel
 from qlora_pl.planning.layers import final_norm, run_layer, t5_layer
 from qlora_pl.planning.shapes import ModelShape
@@ -35,8 +36,11 @@ class Activations:
     """What head and loss keep."""
     logits_peak: int
     """The most that head and loss have at a time, forward or backward."""
-    working: int
-    """What one layer's backward pass needs beyond what was kept."""
+    layer_peak: int
+    """The most that one layer has in its backward pass: what it kept, gradients, and the matrix
+    that is multiplied by (``dequantized`` bytes of it). Its input is not in it."""
+    dequantized: int
+    """The largest packed matrix, while it is multiplied by."""
 
     def of_layers(self, checkpointing: bool) -> int:
         """What all layers keep."""
@@ -66,7 +70,8 @@ def activations(shape: ModelShape, setting: TrainingSetting) -> Activations:
         ends=_ends(shape, setting, last, make_tape),
         logits=kept,
         logits_peak=peak,
-        working=_working(shape, setting, rows),
+        layer_peak=_layer_peak(shape, setting, rows, make_tape),
+        dequantized=dequantization(shape, setting),
     )
 
 
@@ -74,7 +79,12 @@ class _TapeMaker:
     def __init__(self, shape: ModelShape, setting: TrainingSetting) -> None:
         self.setting = setting
         self.ranks = {group.matrix.module: group.rank for group in adapted_matrices(shape, setting)}
-        self.trains_embedding = not setting.has_adapters or setting.num_trained_rows > 0
+        # with checkpointing, transformers has the embedding's output ask for a gradient
+        self.trains_embedding = (
+            not setting.has_adapters
+            or setting.num_trained_rows > 0
+            or setting.gradient_checkpointing
+        )
 
     def __call__(self) -> Tape:
         return Tape(self.setting, self.ranks)
@@ -84,7 +94,7 @@ def _decoder_layers(
     shape: ModelShape, setting: TrainingSetting, rows: Rows, make_tape: _TapeMaker
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     sizes = []
-    for has_grad in (make_tape.trains_embedding or _norms_embedding(shape, setting), True):
+    for has_grad in (make_tape.trains_embedding, True):
         tape = make_tape()
         x = tape.new(rows.tokens * shape.hidden_size, tape.stream, has_grad)
         run_layer(tape, shape, rows, x)
@@ -93,11 +103,6 @@ def _decoder_layers(
     own_input = x.size * x.item
     others = shape.num_layers - 1
     return (first, *[other] * others), (own_input,) * shape.num_layers
-
-
-def _norms_embedding(shape: ModelShape, setting: TrainingSetting) -> bool:
-    """Whether something between embedding and layers is trained."""
-    return shape.model_type == "bloom" and setting.bias == "all"
 
 
 def _t5_layers(
@@ -150,13 +155,27 @@ def _biases_of_positions(shape: ModelShape, setting: TrainingSetting, rows: Rows
 def _masks(shape: ModelShape, setting: TrainingSetting, rows: Rows) -> int:
     if not has_mask(shape, setting) or shape.fields.get("alibi"):
         return 0
-    is_bool = kernel(shape, setting) != "eager"
-    return rows.number * rows.length**2 * (1 if is_bool else ITEM_SIZES[setting.rest_dtype])
+    item = ITEM_SIZES[setting.rest_dtype]
+    each = 1 if kernel(shape, setting) != "eager" else item
+    if not shape.is_t5:
+        return rows.number * rows.length**2 * each
+    target = setting.target_tokens_per_row or setting.tokens_per_row
+    pairs = rows.length**2 + target**2 + target * rows.length  # of both sides, and across
+    return pairs * (rows.number * each + shape.num_heads * item)  # with biases of positions
 
 
 def _ends(shape: ModelShape, setting: TrainingSetting, rows: Rows, make_tape: _TapeMaker) -> int:
     tape = make_tape()
-    normed = final_norm(tape, shape, tape.new(rows.tokens * shape.hidden_size, tape.stream))
+    size = rows.tokens * shape.hidden_size
+    embedded = tape.new(size, tape.stream, make_tape.trains_embedding)
+    if setting.gradient_checkpointing and shape.model_type in ("gpt2", "opt"):
+        tape.keep(embedded)  # no layer's input, since positions are added to it
+    if shape.model_type == "bloom":
+        tape.layer_norm(embedded, shape.hidden_size)
+    rates = (shape.fields.get(name) for name in ("embd_pdrop", "hidden_dropout", "dropout_rate"))
+    if shape.model_type in ("gpt2", "gpt_neox", "t5", "mt5"):
+        tape.dropout(embedded, float(next((rate for rate in rates if rate), 0)))
+    normed = final_norm(tape, shape, tape.new(size, tape.stream))
     if shape.is_t5:
         tape.dropout(normed, float(shape.fields.get("dropout_rate") or 0))
     picked = _num_trained(shape, setting, rows)
@@ -189,22 +208,49 @@ def _logits(shape: ModelShape, setting: TrainingSetting, rows: Rows) -> tuple[in
     return own + small, max(2 * own + 3 * exact, 3 * own) + small
 
 
-def _working(shape: ModelShape, setting: TrainingSetting, rows: Rows) -> int:
-    """Gradients that exist at a time within a layer, at its widest place."""
-    item = ITEM_SIZES[setting.compute_dtype]
-    in_mlp = (3 if shape.is_gated else 2) * shape.mlp_size + 2 * shape.hidden_size
-    widest = rows.tokens * in_mlp * item
-    if kernel(shape, setting) == "eager":
-        pairs = rows.number * shape.num_heads * rows.length * rows.keys
-        widest = max(widest, pairs * (2 * FLOAT + item))
-    return widest
+def _layer_peak(
+    shape: ModelShape, setting: TrainingSetting, rows: Rows, make_tape: _TapeMaker
+) -> int:
+    tape = make_tape()
+    x = tape.counted_elsewhere(tape.new(rows.tokens * shape.hidden_size, tape.stream))
+    if shape.is_t5:
+        source = tape.counted_elsewhere(tape.new(x.size, tape.stream))
+        t5_layer(tape, shape, rows, x, (rows, source))
+    else:
+        run_layer(tape, shape, rows, x)
+    stream = x.size * x.item  # the gradient that has come so far
+    in_mlp = tape.total + _working_of_mlp(shape, setting, rows)
+    in_attention = tape.until_attention + attention.working(shape, setting, rows)
+    return stream + max(in_mlp, in_attention)
+
+
+def _working_of_mlp(shape: ModelShape, setting: TrainingSetting, rows: Rows) -> int:
+    """What the MLP's backward pass has beyond what it kept, at its widest place.
+
+    The input of its last product is given back before its gradient is whole: adapters come first.
+    """
+    is_wide = setting.is_quantized and setting.uses_autocast
+    item = ITEM_SIZES[setting.rest_dtype if is_wide else setting.compute_dtype]
+    inner = rows.tokens * shape.mlp_size * item
+    gradients = {"bloom": 5, "gelu_new": 3}  # whose derivatives are written out in steps
+    in_steps = gradients.get(shape.model_type) or gradients.get(shape.activation)
+    of_function = inner * (in_steps or (2 if shape.is_gated else 1))
+    return max(of_function, inner + dequantization(shape, setting))
 
 
 def dequantization(shape: ModelShape, setting: TrainingSetting) -> int:
-    """Bytes of the largest packed matrix while it is multiplied by, in the products' type."""
+    """Bytes of the largest packed matrix while it is multiplied by, in the products' type.
+
+    DoRA besides multiplies its adapters out, in float32 and from an identity.
+    """
     packed = [p for p in shape.linears if num_packed(p, setting)]
-    if not packed:
-        return 0
-    largest = max(p.size for p in packed)
-    scales = FLOAT * -(-largest // setting.block_size) if setting.double_quant else 0
-    return largest * ITEM_SIZES[setting.compute_dtype] + (scales if setting.is_four_bits else 0)
+    item = ITEM_SIZES[setting.compute_dtype]
+    largest = max((p.size for p in packed), default=0)
+    scales = 0
+    if setting.is_four_bits and setting.double_quant:
+        scales = FLOAT * -(-largest // setting.block_size)
+    merged = 0
+    if setting.method == "dora":
+        adapted = [group.matrix for group in adapted_matrices(shape, setting)]
+        merged = max(FLOAT * (p.inputs**2 + 3 * p.size) for p in adapted)
+    return largest * item + scales + merged

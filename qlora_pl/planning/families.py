@@ -242,9 +242,16 @@ _LLAMA = {
     "attention_dropout": 0.0,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
-    "max_position_embeddings": None,
+    "max_position_embeddings": 2048,
 }
-_GEMMA = _LLAMA | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_MISTRAL = _LLAMA | {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+_QWEN = _LLAMA | {"max_position_embeddings": 32768}
+_GEMMA = _LLAMA | {
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
 _T5 = Family(
     parameters=_t5,
     other_names={
@@ -268,22 +275,22 @@ _T5 = Family(
 )
 FAMILIES: dict[str, Family] = {
     "llama": Family(parameters=_llama_like, defaults=_LLAMA),
-    "mistral": Family(parameters=_llama_like, defaults=_LLAMA | {"num_key_value_heads": 8}),
-    "qwen2": Family(parameters=_llama_like, defaults=_LLAMA),
-    "qwen3": Family(parameters=_llama_like, defaults=_LLAMA | {"head_dim": 128}),
-    "gemma": Family(parameters=_llama_like, defaults=_GEMMA | {"head_dim": 256}),
+    "mistral": Family(parameters=_llama_like, defaults=_MISTRAL),
+    "qwen2": Family(parameters=_llama_like, defaults=_QWEN),
+    "qwen3": Family(parameters=_llama_like, defaults=_QWEN | {"head_dim": 128}),
+    "gemma": Family(parameters=_llama_like, defaults=_GEMMA),
     "gemma2": Family(
         parameters=_llama_like,
         other_names={"hidden_act": ("hidden_activation",)},
         defaults=_GEMMA
         | {
-            "head_dim": 256,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
     ),
     "phi3": Family(
-        parameters=_llama_like, defaults=_LLAMA | {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        parameters=_llama_like,
+        defaults=_LLAMA | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "max_position_embeddings": 4096},
     ),
     "gpt_neox": Family(
         parameters=_gpt_neox,
@@ -297,7 +304,7 @@ FAMILIES: dict[str, Family] = {
             "use_parallel_residual": True,
             "rotary_pct": 0.25,
             "tie_word_embeddings": False,
-            "max_position_embeddings": None,
+            "max_position_embeddings": 2048,
         },
     ),
     "bloom": Family(
@@ -341,7 +348,7 @@ FAMILIES: dict[str, Family] = {
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             "tie_word_embeddings": True,
-            "max_position_embeddings": None,
+            "max_position_embeddings": 2048,
         },
     ),
     "opt": Family(

@@ -138,26 +138,34 @@ def _t5_v1_1(width: int, mlp: int, heads: int, layers: int) -> Fields:
     return _t5(width, mlp, heads, layers) | own
 
 
-LLAMA2 = {"max_position_embeddings": 4096}
-LLAMA3 = {"max_position_embeddings": 8192, "rope_theta": 500000.0}
-LLAMA32 = {
+LLAMA2: Fields = {"max_position_embeddings": 4096}
+LLAMA3: Fields = {"max_position_embeddings": 8192, "rope_theta": 500000.0}
+LLAMA32: Fields = {
     "max_position_embeddings": 131072,
     "rope_theta": 500000.0,
     "tie_word_embeddings": True,
 }
-MISTRAL = {"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": 4096}
-QWEN25 = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1000000.0}
-QWEN3 = {
+MISTRAL: Fields = {
+    "model_type": "mistral",
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}
+QWEN25: Fields = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1000000.0}
+QWEN3: Fields = {
     "model_type": "qwen3",
     "head_dim": 128,
     "max_position_embeddings": 40960,
     "rope_theta": 1000000.0,
 }
-TIED = {"tie_word_embeddings": True}
-GEMMA = {"model_type": "gemma", "head_dim": 256, "vocabulary": 256000}
-GEMMA2 = {"model_type": "gemma2", "vocabulary": 256000}
-SMOLLM2 = {"max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True}
-FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+TIED: Fields = {"tie_word_embeddings": True}
+GEMMA: Fields = {"model_type": "gemma", "head_dim": 256, "vocabulary": 256000}
+GEMMA2: Fields = {"model_type": "gemma2", "vocabulary": 256000}
+SMOLLM2: Fields = {
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+FALCON_RW: Fields = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 
 _SHAPES: dict[str, Fields] = {
     "llama-7b": _llama(4096, 11008, 32, 32, 32),

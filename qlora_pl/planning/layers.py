@@ -72,7 +72,8 @@ def _rotated(tape: Tape, x: Value, size: int | None = None) -> Value:
 def _llama(tape: Tape, block: Block, rows: Rows, x: Value) -> Value:
     shape = block.shape
     normed = block.norm(tape, x)
-    if "qkv_proj" in block:
+    is_fused = "qkv_proj" in block
+    if is_fused:
         whole = block.product(tape, "qkv_proj", normed)
         q = _rotated(tape, whole, rows.tokens * shape.queries_size)
         k = _rotated(tape, whole, rows.tokens * shape.keys_size)
@@ -82,7 +83,8 @@ def _llama(tape: Tape, block: Block, rows: Rows, x: Value) -> Value:
         if shape.model_type == "qwen3":
             q, k = (block.norm(tape, value, shape.head_size) for value in (q, k))
         q, k = _rotated(tape, q), _rotated(tape, k)
-    out = block.product(tape, "o_proj", attend(tape, shape, rows, q, k, v))
+    attended = attend(tape, shape, rows, q, k, v, is_contiguous=is_fused)
+    out = block.product(tape, "o_proj", attended)
     out = tape.dropout(out, block.rate("resid_pdrop"))
     if shape.model_type == "gemma2":
         out = block.norm(tape, out)
@@ -115,7 +117,7 @@ def _gpt_neox(tape: Tape, block: Block, rows: Rows, x: Value) -> Value:
     shape, rate = block.shape, block.rate("hidden_dropout")
     whole = block.product(tape, "query_key_value", block.norm(tape, x))
     q, k = (_rotated(tape, whole, rows.tokens * shape.hidden_size) for _ in "qk")
-    attended = attend(tape, shape, rows, q, k, whole)
+    attended = attend(tape, shape, rows, q, k, whole, is_contiguous=True)
     out = tape.dropout(block.product(tape, "attention.dense", attended), rate)
     middle = x if shape.fields["use_parallel_residual"] else _sum(tape, x, out)
     inner = block.norm(tape, middle)
@@ -138,13 +140,25 @@ def _falcon(tape: Tape, block: Block, rows: Rows, x: Value) -> Value:
     normed = block.norm(tape, x)
     whole = block.product(tape, "query_key_value", normed)
     q = k = v = whole
+    heads = shape.num_kv_heads
+    if shape.fields["new_decoder_architecture"]:
+        heads = shape.num_heads  # keys and values are copied for every query head
     if not shape.fields["alibi"]:
-        keys = rows.tokens * shape.keys_size
+        keys = rows.tokens * heads * shape.head_size
         q = _rotated(tape, whole, rows.tokens * shape.hidden_size)
         k = _rotated(tape, whole, keys)
         is_copied = shape.num_kv_heads < shape.num_heads
         v = tape.new(keys, whole.item, whole.has_grad) if is_copied else whole
-    attended = attend(tape, shape, rows, q, k, v, is_float_mask=bool(shape.fields["alibi"]))
+    attended = attend(
+        tape,
+        shape,
+        rows,
+        q,
+        k,
+        v,
+        num_kv_heads=heads,
+        is_float_mask=bool(shape.fields["alibi"]),
+    )
     out = block.product(tape, "self_attention.dense", attended)
     if "ln_mlp" in norms:
         normed = block.norm(tape, x)
@@ -194,7 +208,8 @@ def t5_layer(
         given = normed if keys_from is None else keys_from
         q = block.product(tape, f"{name}.q", normed)
         k, v = (block.product(tape, f"{name}.{part}", given) for part in "kv")
-        out = block.product(tape, f"{name}.o", attend(tape, shape, of, q, k, v))
+        attended = attend(tape, shape, of, q, k, v, is_across=keys_from is not None)
+        out = block.product(tape, f"{name}.o", attended)
         return _sum(tape, x, tape.dropout(out, rate))
 
     x = attention("SelfAttention", rows, x, None)
@@ -213,7 +228,8 @@ def t5_layer(
 
 def _generic(tape: Tape, block: Block, rows: Rows, x: Value) -> Value:
     """What can be told of any layer: inputs and outputs of products, norms, one attention."""
-    shape, given = block.shape, {}
+    shape = block.shape
+    given: dict[tuple[str, int], Value] = {}
     for parameter in shape.with_roles("norm"):
         if parameter.layers and parameter.size == shape.hidden_size:
             tape.rms_norm(tape.like(x), shape.hidden_size)

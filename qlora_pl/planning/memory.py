@@ -7,9 +7,9 @@ plan is of the fullest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from qlora_pl.planning.activations import Activations, activations, dequantization
+from qlora_pl.planning.activations import Activations, activations
 from qlora_pl.planning.shapes import ModelShape
 from qlora_pl.planning.storage import StoredBytes, stored_bytes
 from qlora_pl.planning.trained import TrainedBytes, trained_bytes
@@ -93,8 +93,8 @@ def plan_memory(shape: ModelShape, setting: TrainingSetting) -> MemoryPlan:
     stored = stored_bytes(shape.parameters, setting, setting.num_shards)
     trained = trained_bytes(shape, setting)
     acts = activations(shape, setting)
-    resident, host = _resident(stored, trained, shape, setting)
-    moments = _moments(resident, trained, acts, shape, setting)
+    resident, host = _resident(stored, trained, acts, shape, setting)
+    moments = _moments(resident, acts, setting)
     sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
     fullest = max(sums, key=lambda moment: sums[moment])
     on_cuda = setting.device == "cuda"
@@ -111,7 +111,11 @@ def plan_memory(shape: ModelShape, setting: TrainingSetting) -> MemoryPlan:
 
 
 def _resident(
-    stored: StoredBytes, trained: TrainedBytes, shape: ModelShape, setting: TrainingSetting
+    stored: StoredBytes,
+    trained: TrainedBytes,
+    acts: Activations,
+    shape: ModelShape,
+    setting: TrainingSetting,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What is there throughout a run, on the device and on the host."""
     is_whole = not setting.has_adapters  # the base is what is trained
@@ -126,7 +130,7 @@ def _resident(
         "paged_optimizer_state": trained.paged_state,
         "activations": 0,
         "logits_and_loss": 0,
-        "dequantization": dequantization(shape, setting),
+        "dequantization": acts.dequantized,
         "communication": _gathered(shape, setting),
     }
     host: dict[str, int] = {}
@@ -157,7 +161,7 @@ def _gathered(shape: ModelShape, setting: TrainingSetting) -> int:
     layers: dict[tuple[str, int], int] = {}
     outside, ends = 0, []
     for parameter in shape.parameters:
-        one = stored_bytes((_alone(parameter),), setting)
+        one = stored_bytes((replace(parameter, layers=parameter.layers[:1]),), setting)
         size = one.total - one.constants
         if parameter.layers:
             for layer in parameter.layers:
@@ -173,40 +177,36 @@ def _gathered(shape: ModelShape, setting: TrainingSetting) -> int:
     return 2 * (widest + 2 * adapters) + max(ends, default=0) + outside
 
 
-def _alone(parameter: object) -> object:
-    from dataclasses import replace
-
-    layers = parameter.layers[:1]  # type: ignore[attr-defined]
-    return replace(parameter, layers=layers)  # type: ignore[type-var]
-
-
 def _moments(
-    resident: dict[str, int],
-    trained: TrainedBytes,
-    acts: Activations,
-    shape: ModelShape,
-    setting: TrainingSetting,
+    resident: dict[str, int], acts: Activations, setting: TrainingSetting
 ) -> dict[str, dict[str, int]]:
     """The moments at which memory can be fullest, of a step's last micro-batch."""
     again = setting.gradient_checkpointing
-    kept = acts.kept(again) - acts.logits
-    layer = max(acts.layers) if again else 0
-    # Gradients of a micro-batch are made beside those that its step has already.
-    is_apart = setting.num_micro_batches > 1 and setting.splits_on_oom and not setting.is_shared
-    before = trained.weights if setting.num_micro_batches > 1 else 0
-    if not resident["gradients"]:
-        before = 0
-    new = trained.weights if is_apart or not before else 0
-    new = 0 if setting.strategy == "fsdp2_offload" else new
-    left = acts.shared + (acts.held_masks if again else 0)
-    left += acts.inputs[0] + acts.layers[0] if again else acts.layers[0]
+    of_layers = acts.inputs if again else acts.layers
+    beside = acts.shared + (acts.held_masks if again else 0)
+    kept = sum(of_layers) + beside + acts.ends
+    peak = acts.layer_peak - acts.dequantized
+    last, first = of_layers[-1], of_layers[0]
+    # a layer whose activations are computed again has its input besides
+    of_last, of_first = (peak + last, peak + first) if again else (peak, peak)
+    whole = resident["gradients"]
+    before = whole if setting.num_micro_batches > 1 else 0
+    # gradients of a micro-batch are made beside those that its step has already
+    is_apart = setting.splits_on_oom and not setting.is_shared
+    new = whole if is_apart or not before else 0
+    until_first = new - new // len(of_layers)
     return {
         "the loss": resident
-        | {"gradients": before, "activations": kept, "logits_and_loss": acts.logits_peak},
+        | {
+            "gradients": before,
+            "activations": kept,
+            "logits_and_loss": acts.logits_peak,
+            "dequantization": 0,
+        },
         "the last layer's backward": resident
-        | {"gradients": before, "activations": kept + layer + acts.working},
+        | {"gradients": before, "activations": sum(of_layers[:-1]) + beside + of_last},
         "the first layer's backward": resident
-        | {"gradients": before + new, "activations": left + acts.working},
-        "the optimizer's step": resident
-        | {"gradients": resident["gradients"], "dequantization": 0},
+        | {"gradients": before + until_first, "activations": beside + of_first},
+        "the end of the backward": resident | {"gradients": before + new, "dequantization": 0},
+        "the optimizer's step": resident | {"gradients": whole, "dequantization": 0},
     }

@@ -64,7 +64,7 @@ def setting_of(
         has_momentum=bool(optimizer.momentum),
         batch_size=rows,
         tokens_per_row=length,
-        target_tokens_per_row=data.max_target_length,
+        target_tokens_per_row=None if data.encoding == "original" else data.max_target_length,
         trained_tokens=trained_tokens,
         has_mask=not is_packed and (rows > 1 or data.padding == "max_length"),
         is_packed=is_packed,
@@ -91,5 +91,5 @@ def _strategy(
     if num_devices == 1:
         return "one"
     if name in ("fsdp2", "fsdp2_offload", "ddp"):
-        return name  # type: ignore[no-any-return]
+        return name
     return auto or "ddp"

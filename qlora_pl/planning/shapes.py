@@ -7,7 +7,7 @@ a model without weights (``build_skeleton``) for any other.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_pl.errors import ConfigurationError
@@ -220,14 +220,9 @@ def shape_of_skeleton(skeleton: Any) -> ModelShape:
         shape = _shape(completed(fields, family), parameters)
         own = {p.name: p for p in family.parameters(dict(shape.fields))}
         heads = [own[name] for name in own if name not in {p.name for p in parameters}]
-        return _replaced(shape, (*parameters, *(p for p in heads if p.role == "head")))
+        own_head = tuple(p for p in heads if p.role == "head")
+        return replace(shape, parameters=(*parameters, *own_head))
     return _unknown_shape(skeleton, config, fields, parameters)
-
-
-def _replaced(shape: ModelShape, parameters: tuple[ParameterShape, ...]) -> ModelShape:
-    from dataclasses import replace
-
-    return replace(shape, parameters=parameters)
 
 
 def _unknown_shape(

@@ -46,6 +46,8 @@ class Tape:
         """Bytes of a value of the sums between layers, which have the embedding's type."""
         self.kept: dict[int, int] = {}
         """Bytes by storage."""
+        self.until_attention = 0
+        """Bytes that were kept when attention was done."""
         self._elsewhere: set[int] = set()
         self._num_storages = 0
 
@@ -74,6 +76,10 @@ class Tape:
         """Leave a storage out, which several layers share."""
         self._elsewhere.add(value.storage)
         return value
+
+    def end_attention(self) -> None:
+        """Note how much is kept before the layer goes on to its MLP."""
+        self.until_attention = self.total
 
     def cast(self, x: Value) -> Value:
         """The input of a product: a copy in the products' type, where autocast has to make one."""

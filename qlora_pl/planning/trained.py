@@ -82,7 +82,10 @@ def trained_shapes(shape: ModelShape, setting: TrainingSetting) -> list[tuple[in
     shapes: list[tuple[int, ...]] = []
     adapted = adapted_matrices(shape, setting)
     for group in adapted:
-        of_one = [(group.rank, group.matrix.inputs), (group.matrix.outputs, group.rank)]
+        of_one: list[tuple[int, ...]] = [
+            (group.rank, group.matrix.inputs),
+            (group.matrix.outputs, group.rank),
+        ]
         if setting.method == "dora":
             of_one.append((group.matrix.outputs,))
         shapes += of_one * len(group.names)

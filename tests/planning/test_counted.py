@@ -16,9 +16,9 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 TOLERANCE = 0.05
 """Of what is kept. Every tensor of a layer has its term; what has none is one value a row here and
 there (counts, weights of losses), and copies that a kernel makes for some layouts only."""
-PEAK_TOLERANCE = 0.15
-"""Of the most that exists at a time. The gradients that meet within a layer are taken at its widest
-place, in which order they are freed is autograd's affair."""
+PEAK_TOLERANCE = 0.08
+"""Of the most that exists at a time. In which order gradients within a layer are made and freed is
+autograd's affair; small ones (of norms, of a head's part) meet others that have no term."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*"),  # models are loaded in this process
@@ -32,13 +32,37 @@ def benchmark() -> Any:
         return importlib.import_module("memory_plan")
 
 
+ORDINARY = {
+    "llama",
+    "llama, adapter_dtype bfloat16",
+    "llama, dropout 0.1",
+    "llama, attention eager, has_mask True, dropout 0.05",
+    "llama, gradient_checkpointing True",
+    "llama, quant_type none",
+    "llama, method dora",
+    "llama, quant_type none, method none",
+    "mistral, has_mask True, adapter_dtype bfloat16",
+    "gpt_neox, gradient_checkpointing True",
+    "bloom, dropout 0.1, adapter_dtype bfloat16",
+    "falcon",
+    "gpt2, resid_pdrop 0.0, embd_pdrop 0.0, attn_pdrop 0.0",
+    "t5, has_mask True",
+}
+"""What ``make test`` counts; the other cases take another half minute."""
+
+
 def _cases() -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        return list(importlib.import_module("memory_plan").CASES)
+        cases = importlib.import_module("memory_plan").CASES
+    assert {case.name for case in cases} >= ORDINARY
+    return [
+        pytest.param(case, id=case.name, marks=[] if case.name in ORDINARY else pytest.mark.slow)
+        for case in cases
+    ]
 
 
-@pytest.mark.parametrize("case", _cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", _cases())
 def test_predicted_bytes_are_those_that_are_counted(
     case: Any, benchmark: Any, tmp_path: Path
 ) -> None:

@@ -92,9 +92,9 @@ def test_gradients_of_a_second_micro_batch_lie_beside_those_of_the_first() -> No
     shape = shape_of("llama-7b")
     one = plan_memory(shape, TrainingSetting(num_micro_batches=1))
     two = plan_memory(shape, TrainingSetting(num_micro_batches=2))
-    assert two.components["gradients"] == 2 * one.components["adapters"]
+    assert two.moments["the end of the backward"]["gradients"] == 2 * one.components["adapters"]
     stops = plan_memory(shape, TrainingSetting(num_micro_batches=2, splits_on_oom=False))
-    assert stops.components["gradients"] == one.components["adapters"]
+    assert stops.moments["the end of the backward"]["gradients"] == one.components["adapters"]
 
 
 def test_devices_that_share_a_base_have_a_part_each_and_the_constants_whole() -> None:
@@ -118,16 +118,16 @@ def test_offloading_leaves_the_device_what_it_computes_with() -> None:
 
 
 def test_an_eager_kernel_grows_with_the_square_of_the_length() -> None:
+    """Six bytes for each pair of tokens and head: probabilities in float32 and in bfloat16."""
     shape = shape_of("llama-7b")
-    sizes = {
-        length: plan_memory(
+    sizes = [
+        plan_memory(
             shape,
-            TrainingSetting(attention="eager", tokens_per_row=length, has_mask=False),
+            TrainingSetting(attention="eager", tokens_per_row=length, adapter_dtype="bfloat16"),
         ).activations.layers[1]
-        for length in (512, 1024, 2048)
-    }
-    pairs = 32 * 6 * 512**2  # heads, float32 and bfloat16 of the probabilities
-    assert sizes[2048] - 2 * sizes[1024] == pytest.approx(8 * pairs, rel=0.01)
+        for length in (1024, 2048)
+    ]
+    assert sizes[1] - 2 * sizes[0] == 32 * 6 * (2048**2 - 2 * 1024**2)
 
 
 def test_every_setting_that_costs_memory_costs_some() -> None:
@@ -179,6 +179,7 @@ def test_impossible_settings_are_refused_together() -> None:
     assert len(caught.value.problems) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*")  # a command's words are parsed in this process
 def test_an_experiment_is_planned_from_its_own_file() -> None:
     """guanaco7b: 16 and 512 tokens, one row, bfloat16 adapters, 16 micro-batches a step."""
     from qlora_pl.cli import read_runs
