@@ -64,7 +64,7 @@ def settle_adapters(model: nn.Module) -> None:
     """Let adapters take the type they multiply in, for good: nobody trains or saves them then."""
     from peft.tuners import lora  # slow to import
 
-    kinds = {getattr(lora, name, None) for name in ("Linear", "Linear4bit", "Linear8bitLt")}
+    kinds = [getattr(lora, name, None) for name in ("Linear", "Linear4bit", "Linear8bitLt")]
     for module in list(model.modules()):
         if type(module) is CastingLinear:
             module.__class__ = SettlingLinear
