@@ -6,7 +6,6 @@ weigh: a seventh of the time of a small model on a CPU, and more launches than p
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -55,18 +54,16 @@ class _SettledLayer:
         return result + change.to(result.dtype)
 
 
-@functools.cache
-def _settled(kind: type) -> type:
-    return type(f"Settled{kind.__name__}", (_SettledLayer, kind), {})
-
-
 def settle_adapters(model: nn.Module) -> None:
     """Let adapters take the type they multiply in, for good: nobody trains or saves them then."""
     from peft.tuners import lora  # slow to import
 
     kinds = [getattr(lora, name, None) for name in ("Linear", "Linear4bit", "Linear8bitLt")]
+    settled: dict[Any, type] = {
+        kind: type(f"Settled{kind.__name__}", (_SettledLayer, kind), {}) for kind in kinds if kind
+    }
     for module in list(model.modules()):
         if type(module) is CastingLinear:
             module.__class__ = SettlingLinear
-        elif type(module) in kinds:
-            module.__class__ = _settled(type(module))
+        elif type(module) in settled:
+            module.__class__ = settled[type(module)]
