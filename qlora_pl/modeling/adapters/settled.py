@@ -47,7 +47,7 @@ class _SettledLayer:
             (name,) = self._active_adapter
         is_plain = not (args or kwargs or self._disable_adapters or self.merged_adapters)
         if not is_plain or name not in self.lora_A or name in self.lora_variant or self.training:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         down, up = self.lora_A[name], self.lora_B[name]
         result: Tensor = self.base_layer(x)
         change: Tensor = up.forward(down.forward(x)) * self.scaling[name]
