@@ -89,7 +89,7 @@ def _refuse_others(words: Sequence[str]) -> None:
 
 def _report(run: PlannedRun, options: argparse.Namespace) -> Report:
     card = None if options.gpu is None else _card(options)
-    cards = CARDS if card is None else (card,)
+    cards = (card,) if card is not None and card.is_named else CARDS
     return make_report(run, card, cards)
 
 

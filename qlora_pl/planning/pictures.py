@@ -129,7 +129,7 @@ def _bars(panel: Panel) -> list[Bar]:
 
 
 def _draw_panel(axis: Any, panel: Panel, colours: Mapping[str, str]) -> None:
-    most = max(bar.total for bar in _bars(panel)) / GB
+    most: float = max(bar.total for bar in _bars(panel)) / GB
     widest = max(len(bars) for bars in panel.groups.values())
     width = 0.8 / widest
     labels: dict[str, Any] = {}
@@ -147,12 +147,12 @@ def _draw_panel(axis: Any, panel: Panel, colours: Mapping[str, str]) -> None:
                 bottom += size / GB
             shown = f"{bar.total / GB:,.1f}" if bar.total < 100 * GB else f"{bar.total / GB:,.0f}"
             axis.text(x, bottom + most * 0.012, shown, ha="center", va="bottom", fontsize=8.5)
-    for name, size in panel.lines.items():
-        if size / GB <= most * 1.25:
-            axis.axhline(size / GB, color="#b03030", lw=1, ls="--", zorder=0)
+    for name, memory in panel.lines.items():
+        if memory / GB <= most * 1.25:
+            axis.axhline(memory / GB, color="#b03030", lw=1, ls="--", zorder=0)
             axis.annotate(
                 name,
-                (1.0, size / GB),
+                (1.0, memory / GB),
                 xycoords=("axes fraction", "data"),
                 xytext=(-3, 2),
                 textcoords="offset points",
@@ -206,9 +206,9 @@ def draw_plan(file: Path, title: str, bar: Bar, lines: Mapping[str, float]) -> N
         )
         left += size / GB
     axis.text(left, 0.34, f"{bar.total / GB:,.1f} GB ", ha="right", va="bottom", fontsize=9.5)
-    for name, size in lines.items():
-        axis.axvline(size / GB, color="#b03030", lw=1.2, ls="--")
-        axis.text(size / GB, -0.34, f" {name} ", ha="right", va="top", fontsize=9, color="#b03030")
+    for name, memory in lines.items():
+        axis.axvline(memory / GB, color="#b03030", lw=1.2, ls="--")
+        axis.text(memory / GB, -0.34, f" {name} ", ha="right", va="top", fontsize=9, color="#b03030")
     ends = [bar.total, *lines.values()]
     axis.set_xlim(0, max(ends) / GB * 1.04)
     axis.set_ylim(-0.55, 0.55)

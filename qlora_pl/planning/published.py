@@ -26,8 +26,8 @@ class Published:
     figure6_gb: float
     statement: str = ""
     hours: float | None = None
-    card_gib: int | None = None
-    """Memory of the card that the hours and the statement are about."""
+    cards: tuple[str, ...] = ()
+    """Cards of the kind that the hours and the statement are about."""
 
 
 FIGURES = {
@@ -39,14 +39,14 @@ FIGURES = {
         statement="needs paging on 24 GB (appendix G), less than 12 hours on one 24 GB consumer "
         "GPU",
         hours=12,
-        card_gib=24,
+        cards=("RTX3090", "RTX4090"),
     ),
     (8192, 80): Published(
         name="llama-65b",
         figure6_gb=45.0,
         statement="24 hours on one 48 GB professional GPU",
         hours=24,
-        card_gib=48,
+        cards=("A6000",),
     ),
 }
 """By hidden size and layers, with LLaMA's other sizes."""

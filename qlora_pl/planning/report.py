@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qlora_pl.planning.cards import GIB, Card
+from qlora_pl.planning.cards import GIB, Card, card_named
 from qlora_pl.planning.memory import COMPONENTS, MemoryPlan
 from qlora_pl.planning.planned_run import PlannedRun
 from qlora_pl.planning.published import FULL_65B_GB, published
-from qlora_pl.planning.remedies import Advice, Remedy
+from qlora_pl.planning.remedies import Advice, Remedy, advise
 from qlora_pl.planning.step_work import average_batch, work_of
 from qlora_pl.planning.storage import bits_per_weight
 from qlora_pl.planning.training_setting import TrainingSetting
@@ -19,6 +20,7 @@ from qlora_pl.planning.work import BANDWIDTH_EFFICIENCY, PRODUCT_EFFICIENCY, Run
 
 GB = 1e9
 WIDTH = 42
+COLUMNS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Report:
             self._paper(),
             self._disk(),
         ]
-        return "\n\n".join(part for part in parts if part)
+        return "\n\n".join(wrapped(part) for part in parts if part)
 
     def in_words(self) -> dict[str, int]:
         """The components by their names in words, for a picture."""
@@ -158,9 +160,21 @@ class Report:
         ]
         if found.statement:
             lines.append(f"  {found.statement}.")
+        lines += [f"  {self._hours_beside(name)}" for name in found.cards]
         if found.name == "llama-65b":
             lines.append(f"  Full fine-tuning in 16 bits takes more than {FULL_65B_GB} GB.")
         return "\n".join(lines)
+
+    def _hours_beside(self, name: str) -> str:
+        """Our own estimate on a card of the kind that the paper speaks of."""
+        result = result_on(self.run, card_named(name))
+        if result.time is None or result.time.hours is None:
+            return f"Here the number of steps is not known, so that no hours follow for {name}."
+        longest = ", with every row at its longest" if self.run.rows is None else ""
+        return (
+            f"Here an estimated {result.time.hours:,.1f} hours on {name} for "
+            f"{self.run.num_steps:,} steps{longest}, which {result.verdict.kind}."
+        )
 
     def _disk(self) -> str:
         disk = self.run.disk()
@@ -208,6 +222,17 @@ class Report:
             "paper": None if found is None else asdict(found),
             "disk": asdict(run.disk()) | {"total": run.disk().total},
         }
+
+
+def wrapped(text: str) -> str:
+    """Lines of at most ``COLUMNS``, what follows indented as its line is, and a little more."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        if len(line) > COLUMNS:
+            line = textwrap.fill(line, COLUMNS, subsequent_indent=indent, break_on_hyphens=False)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def setting_words(run: PlannedRun, s: TrainingSetting) -> str:
@@ -330,9 +355,6 @@ def make_report(run: PlannedRun, card: Card | None, cards: Sequence[Card]) -> Re
         card: The one that the user named; None: none.
         cards: To be listed with time and price.
     """
-    from qlora_pl.planning.cards import card_named
-    from qlora_pl.planning.remedies import advise
-
     chosen = None if card is None else result_on(run, card)
     advice = None
     if chosen is not None and not chosen.verdict.fits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from qlora_pl.planning.training_setting import TrainingSetting
 
 def planned_file(words: list[str], num_devices: int | None, reads_all: bool) -> PlannedRun:
     """See ``planned_run.configured``."""
+    for name in ("lightning.pytorch", "lightning.fabric"):  # importing Lightning sets these to INFO
+        logging.getLogger(name).setLevel(logging.WARNING)
     devices = [] if num_devices is None else _device_words(num_devices)
     (run,) = read_runs([[*words, *devices]])
     shape = shape_of_run(run)

@@ -53,28 +53,19 @@ def test_every_remedy_really_fits_by_the_plan_itself(llama7b: ModelShape) -> Non
 
 
 def test_the_mildest_step_of_a_kind_that_fits_is_offered(llama7b: ModelShape) -> None:
-    """With one row more than offered, the run does not fit."""
+    """The next larger micro-batch that divides the step does not fit."""
     card = card_named("24GiB")
     setting = replace(BIG, gradient_checkpointing=True, batch_size=64, num_micro_batches=1)
     keys = replace(KEYS, accumulation=1, global_batch_size=64)
+    (lever,) = [its for its in levers_of(llama7b, setting, keys) if its.name == "micro-batch"]
+    assert [level.keys["data.batch_size"] for level in lever.levels] == [32, 16, 8, 4, 2, 1]
     offered = next(
         r for r in advise(llama7b, setting, card, keys).remedies if "data.batch_size" in r.keys
     )
-    size = offered.keys["data.batch_size"]
-    milder = applied(
-        setting,
-        [next(level for level in _batch_levels(llama7b, setting, keys) if _of(level) > size)],
-    )
-    assert not judge(plan_memory(llama7b, replace(milder)), card).fits or milder.batch_size == size
-
-
-def _batch_levels(shape: ModelShape, setting: TrainingSetting, keys: RunKeys) -> list:
-    (lever,) = [its for its in levers_of(shape, setting, keys) if its.name == "micro-batch"]
-    return list(reversed(lever.levels))
-
-
-def _of(level: object) -> int:
-    return level.keys["data.batch_size"]  # type: ignore[attr-defined]
+    place = [level.keys for level in lever.levels].index(offered.keys)
+    assert place > 0
+    milder = applied(setting, [lever.levels[place - 1]])
+    assert not judge(plan_memory(llama7b, milder), card).fits
 
 
 def test_what_leaves_the_result_alone_comes_first(llama7b: ModelShape) -> None:
@@ -134,6 +125,7 @@ def test_yaml_lines_are_the_keys_nested() -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore:LightningCLI's args")
 def test_every_remedy_of_every_kind_is_read_by_the_parser_of_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
 ) -> None:
