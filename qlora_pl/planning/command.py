@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_pl.errors import ConfigurationError
@@ -24,6 +25,7 @@ OWN_FLAGS = (
     "--gpu",
     "--gpus",
     "--price-per-hour",
+    "--mean-length",
     "--read-rows",
     "--json",
     "--plot",
@@ -62,6 +64,8 @@ def plan_command(words: Sequence[str]) -> int:
         _refuse_others(rest)
         _check(options)
         run = configured(rest, options.gpus, options.read_rows)
+    if options.mean_length is not None:
+        run = replace(run, mean_length=options.mean_length)
     report = _report(run, options)
     if options.plot is not None:
         _draw(report, Path(options.plot).expanduser())
@@ -108,6 +112,8 @@ def _check(options: argparse.Namespace) -> None:
         problems.append(f"--gpus: must be at least 1, got {options.gpus}.")
     if options.price_per_hour is not None and not options.price_per_hour >= 0:
         problems.append(f"--price-per-hour: must be 0 or more, got {options.price_per_hour}.")
+    if options.mean_length is not None and not options.mean_length >= 1:
+        problems.append(f"--mean-length: must be at least 1, got {options.mean_length}.")
     if options.price_per_hour is not None and options.gpu is None:
         problems.append("--price-per-hour: whose price is it? name the card with --gpu.")
     try:
@@ -164,6 +170,12 @@ def _own_flags() -> Flags:
     group.add_argument("--gpus", type=int, metavar="N", help="devices, over all machines")
     group.add_argument(
         "--price-per-hour", type=float, metavar="X", help="US dollars of the card, for the price"
+    )
+    group.add_argument(
+        "--mean-length",
+        type=float,
+        metavar="X",
+        help="tokens of a row on average, for the time, where the rows are not read",
     )
     group.add_argument(
         "--read-rows", action="store_true", help="read the run's rows, however many there are"

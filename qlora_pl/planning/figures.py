@@ -78,6 +78,10 @@ def draw_figure6(file: Path) -> str:
         title="QLoRA (NF4, double quantisation, r 64, batch 1 x 512)",
         groups={f"LLaMA {size}": its[:1] for size, its in bars.items()},
         lines=LINES,
+        marks={
+            f"LLaMA {size}": paper.figure6_gb * GB
+            for size, paper in zip(SIZES, FIGURES.values(), strict=True)
+        },
     )
     together = Panel(
         title="the same, with 16-bit LoRA and full fine-tuning in 16 bits",

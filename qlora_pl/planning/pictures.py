@@ -6,8 +6,9 @@ how a plan grows with length, rank, batch and devices.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,20 @@ COLOURS = (
     "#f0b67f",
     "#c65b4e",
     "#6aa56a",
-    "#a8cfa0",
     "#8d76b8",
     "#c4b5dc",
+    "#d8b365",
     "#5f5f5f",
     "#9c9c9c",
 )
 """One for each component in the order of a plan; neighbours that belong together are alike."""
+FEW = ("#3b6ea5", "#9dbfdf", "#e08a3c", "#6aa56a", "#8d76b8", "#b5b5b5")
+"""Where components are drawn in a few groups."""
 GB = 1e9
 DPI = 110
+LINE = "#b03030"
+PLATE: dict[str, Any] = {"bbox": {"boxstyle": "square,pad=0.12", "fc": "white", "ec": "none"}}
+"""A number stays readable where a line crosses it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,8 @@ class Panel:
     """By the name that stands below the group."""
     lines: Mapping[str, float]
     """Sizes of memory in bytes, by their names."""
+    marks: Mapping[str, float] = field(default_factory=dict)
+    """Published totals in bytes, by the group that they are drawn beside."""
     shows_components: bool = True
     """Whether a bar is cut into its components; False: one colour for each bar of a group."""
 
@@ -117,7 +125,8 @@ def draw_panels(file: Path, panels: Sequence[Panel], title: str, flag: str = "--
         1, len(panels), figsize=(2.0 + 5.4 * len(panels), 5.2), squeeze=False, layout="constrained"
     )
     names = list(dict.fromkeys(n for p in panels for b in _bars(p) for n in b.components))
-    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
+    palette = FEW if len(names) <= len(FEW) else COLOURS
+    colours = {name: palette[place % len(palette)] for place, name in enumerate(names)}
     for axis, panel in zip(axes[0], panels, strict=True):
         _draw_panel(axis, panel, colours)
     figure.suptitle(title, fontsize=12)
@@ -146,19 +155,28 @@ def _draw_panel(axis: Any, panel: Panel, colours: Mapping[str, str]) -> None:
                 labels.setdefault(name, drawn)
                 bottom += size / GB
             shown = f"{bar.total / GB:,.1f}" if bar.total < 100 * GB else f"{bar.total / GB:,.0f}"
-            axis.text(x, bottom + most * 0.012, shown, ha="center", va="bottom", fontsize=8.5)
+            axis.text(
+                x, bottom + most * 0.012, shown, ha="center", va="bottom", fontsize=8.5, **PLATE
+            )
+    for place, name in enumerate(panel.groups):
+        if name in panel.marks:
+            (mark,) = axis.plot(
+                place, panel.marks[name] / GB, "D", ms=6, color="#202020", mfc="white", zorder=4
+            )
+            labels["the paper's figure 6"] = mark
     for name, memory in panel.lines.items():
         if memory / GB <= most * 1.25:
-            axis.axhline(memory / GB, color="#b03030", lw=1, ls="--", zorder=0)
+            axis.axhline(memory / GB, color=LINE, lw=1, ls="--", zorder=0)
             axis.annotate(
                 name,
                 (1.0, memory / GB),
                 xycoords=("axes fraction", "data"),
-                xytext=(-3, 2),
+                xytext=(4, 0),
                 textcoords="offset points",
-                ha="right",
+                va="center",
                 fontsize=8.5,
-                color="#b03030",
+                color=LINE,
+                annotation_clip=False,
             )
     axis.set_xticks(range(len(panel.groups)), list(panel.groups))
     axis.set_ylim(0, max(most, *(s / GB for s in _shown(panel.lines, most))) * 1.1)
@@ -207,8 +225,8 @@ def draw_plan(file: Path, title: str, bar: Bar, lines: Mapping[str, float]) -> N
         left += size / GB
     axis.text(left, 0.34, f"{bar.total / GB:,.1f} GB ", ha="right", va="bottom", fontsize=9.5)
     for name, memory in lines.items():
-        axis.axvline(memory / GB, color="#b03030", lw=1.2, ls="--")
-        axis.text(memory / GB, -0.34, f" {name} ", ha="right", va="top", fontsize=9, color="#b03030")
+        axis.axvline(memory / GB, color=LINE, lw=1.2, ls="--")
+        axis.text(memory / GB, -0.34, f" {name} ", ha="right", va="top", fontsize=9, color=LINE)
     ends = [bar.total, *lines.values()]
     axis.set_xlim(0, max(ends) / GB * 1.04)
     axis.set_ylim(-0.55, 0.55)
@@ -218,7 +236,7 @@ def draw_plan(file: Path, title: str, bar: Bar, lines: Mapping[str, float]) -> N
     axis.legend(
         fontsize=8.5, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22)
     )
-    axis.set_title(title, fontsize=11)
+    axis.set_title(textwrap.fill(title, 100), fontsize=10)
     _save(pyplot, figure, file)
 
 

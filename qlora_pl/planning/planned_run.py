@@ -17,7 +17,7 @@ from qlora_pl.planning.shapes import ModelShape, shape_from_config
 from qlora_pl.planning.step_work import average_batch, work_of
 from qlora_pl.planning.training_setting import TrainingSetting
 from qlora_pl.planning.verdict import judge
-from qlora_pl.planning.work import RunTime, micro_batch_time, run_time
+from qlora_pl.planning.work import Batch, RunTime, micro_batch_time, run_time
 
 if TYPE_CHECKING:
     from qlora_pl.planning.run_rows import RowFacts
@@ -41,6 +41,8 @@ class PlannedRun:
     """Of the whole run on each device; None: not known."""
     num_steps: int | None
     rows: RowFacts | None = None
+    mean_length: float | None = None
+    """Tokens of a row on average, where somebody said so and the rows were not read."""
     notes: tuple[str, ...] = ()
     """What was assumed, a sentence each."""
     is_downloaded: bool = False
@@ -71,11 +73,14 @@ class PlannedRun:
         """Its bytes on each device."""
         return plan_memory(self.shape, self.on(card))
 
+    def batch(self, setting: TrainingSetting) -> Batch:
+        """An average micro-batch under a setting."""
+        return average_batch(self.shape, setting, self.rows, self.mean_length)
+
     def time(self, card: Card) -> RunTime | None:
         """What it takes of a card; None: the card's speed is not known."""
         setting = self.on(card)
-        batch = average_batch(setting, self.rows)
-        work = work_of(self.shape, setting)
+        batch, work = self.batch(setting), work_of(self.shape, setting)
         return run_time(work, batch, card, setting.num_devices, self.num_micro_batches)
 
     def slowdown(self, setting: TrainingSetting, card: Card) -> float | None:
@@ -83,7 +88,7 @@ class PlannedRun:
         if setting.is_shared:  # what the devices exchange is not estimated
             return None
         before, after = (
-            micro_batch_time(work_of(self.shape, s), average_batch(s, self.rows), card)
+            micro_batch_time(work_of(self.shape, s), self.batch(s), card)
             for s in (self.on(card), setting)
         )
         if before is None or after is None:

@@ -13,6 +13,8 @@ from qlora_pl.planning.shapes import ModelShape
 from qlora_pl.planning.training_setting import TrainingSetting
 
 CLAIM = "more than 65 % less than 16-bit fine-tuning (the paper's summary of its memory use)"
+LIKE_TOKENS = 640
+"""Of a micro-batch: its scripts' rows have up to 528."""
 FULL_65B_GB = 780
 """Of the paper's introduction: full fine-tuning of 65B in 16 bits, 12 bytes a weight."""
 
@@ -56,10 +58,11 @@ def published(shape: ModelShape, setting: TrainingSetting) -> Published | None:
     """The paper's figures for a run that is like its own; None: there are none.
 
     LLaMA of the first generation or of the second where its sizes are the same, 4-bit NormalFloat
-    and adapters on every linear module.
+    and adapters of rank 64 on every linear module, batch 1 of about 512 tokens.
     """
     found = FIGURES.get((shape.hidden_size, shape.num_layers))
     is_llama = shape.model_type == "llama" and shape.num_heads == shape.num_kv_heads
     is_qlora = setting.quant_type == "nf4" and setting.method == "lora"
-    is_like = is_qlora and setting.target_modules == "all-linear"
+    is_like = is_qlora and setting.target_modules == "all-linear" and setting.r == 64
+    is_like &= setting.num_tokens <= LIKE_TOKENS and setting.gradient_checkpointing
     return found if is_llama and is_like and shape.vocabulary_size <= 32064 else None

@@ -12,7 +12,7 @@ from qlora_pl.planning.memory import COMPONENTS, MemoryPlan
 from qlora_pl.planning.planned_run import PlannedRun
 from qlora_pl.planning.published import FULL_65B_GB, published
 from qlora_pl.planning.remedies import Advice, Remedy, advise
-from qlora_pl.planning.step_work import average_batch, work_of
+from qlora_pl.planning.step_work import work_of
 from qlora_pl.planning.storage import bits_per_weight
 from qlora_pl.planning.training_setting import TrainingSetting
 from qlora_pl.planning.verdict import Verdict, judge
@@ -56,6 +56,11 @@ class Report:
     """Of the cards to be listed."""
     advice: Advice | None
     """Where the run does not fit on the card that was named."""
+
+    @property
+    def is_longest(self) -> bool:
+        """Whether time is estimated of rows that are all as long as they may be."""
+        return self.run.rows is None and self.run.mean_length is None
 
     def text(self) -> str:
         """The report as a person reads it."""
@@ -116,7 +121,7 @@ class Report:
 
     def _work(self) -> str:
         s = self.setting
-        work, batch = work_of(self.run.shape, s), average_batch(s, self.run.rows)
+        work, batch = work_of(self.run.shape, s), self.run.batch(s)
         counts = round(batch.tokens), round(batch.trained), round(batch.pairs)
         model = work.model_flops(*counts) / max(1, counts[0]) / 1e9
         hardware = work.hardware_flops(*counts) / max(1, counts[0]) / 1e9
@@ -143,8 +148,10 @@ class Report:
             f"{'hours':>8}{'kWh':>8}{'US$':>9}",
         ]
         lines += [f"  {_card_line(result)}" for result in timed]
-        if self.run.rows is None:
-            lines.append("  With rows shorter than the longest, hours, kWh and US$ are less.")
+        if self.is_longest:
+            lines.append(
+                "  That is with every row at its longest; --mean-length N says how long they are."
+            )
         return "\n".join(lines)
 
     def _paper(self) -> str:
@@ -170,10 +177,10 @@ class Report:
         result = result_on(self.run, card_named(name))
         if result.time is None or result.time.hours is None:
             return f"Here the number of steps is not known, so that no hours follow for {name}."
-        longest = ", with every row at its longest" if self.run.rows is None else ""
+        longest = ", with every row at its longest" if self.is_longest else ""
         return (
-            f"Here an estimated {result.time.hours:,.1f} hours on {name} for "
-            f"{self.run.num_steps:,} steps{longest}, which {result.verdict.kind}."
+            f"Here an estimated {result.time.hours:,.1f} hours on one {name} for "
+            f"{self.run.num_steps:,} steps{longest}; the plan {result.verdict.kind} there."
         )
 
     def _disk(self) -> str:
@@ -192,7 +199,7 @@ class Report:
     def plain(self) -> dict[str, Any]:
         """Every number in plain types, sizes in bytes."""
         run, s = self.run, self.setting
-        work, batch = work_of(run.shape, s), average_batch(s, run.rows)
+        work, batch = work_of(run.shape, s), run.batch(s)
         counts = round(batch.tokens), round(batch.trained), round(batch.pairs)
         found = published(run.shape, s)
         return {

@@ -69,12 +69,19 @@ class _BySide:
             self.source += weights
 
 
-def average_batch(setting: TrainingSetting, rows: RowFacts | None) -> Batch:
+def average_batch(
+    shape: ModelShape,
+    setting: TrainingSetting,
+    rows: RowFacts | None = None,
+    mean_length: float | None = None,
+) -> Batch:
     """A micro-batch of the run's own rows; where they were not read, one of the longest rows.
 
     Args:
+        shape: Of the model, which has targets apart from sources or not.
         setting: Of the run.
         rows: What was read.
+        mean_length: Tokens of a row on average, where that is known and the rows were not read.
     """
     if rows is not None:
         number = rows.num_rows / max(1, rows.num_micro_batches)
@@ -84,10 +91,13 @@ def average_batch(setting: TrainingSetting, rows: RowFacts | None) -> Batch:
             trained=number * rows.mean_trained,
             pairs=number * rows.mean_pairs,
         )
-    targets = setting.target_tokens_per_row or 0
+    targets = 0
+    if shape.num_encoder_layers:
+        targets = setting.target_tokens_per_row or setting.tokens_per_row
     length = setting.tokens_per_row + targets
+    share = 1.0 if mean_length is None else min(1.0, mean_length / length)
     return Batch(
-        tokens=setting.batch_size * length,
-        trained=setting.batch_size * targets or setting.num_trained_tokens,
-        pairs=setting.batch_size * setting.tokens_per_row**2,
+        tokens=share * setting.batch_size * length,
+        trained=share * (setting.batch_size * targets or setting.num_trained_tokens),
+        pairs=share**2 * setting.batch_size * setting.tokens_per_row**2,
     )

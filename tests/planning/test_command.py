@@ -282,7 +282,11 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "part"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    ("words", "part"),
+    MISTAKES,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
 def test_a_mistake_is_one_sentence_and_exit_code_2(
     words: tuple[str, ...], part: str, say: Callable[..., tuple[int, str, str]]
 ) -> None:
