@@ -131,7 +131,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _draw(report: Report, file: Path) -> None:
     from qlora_pl.planning.pictures import Bar, draw_plan
-    from qlora_pl.planning.report import GB, setting_words
+    from qlora_pl.planning.report import GB, titled
 
     bar = Bar(label=report.run.name, components=report.in_words())
     chosen = report.chosen
@@ -140,8 +140,7 @@ def _draw(report: Report, file: Path) -> None:
         if chosen is None
         else {chosen.card.name: float(chosen.card.memory_bytes)}
     )
-    title = f"{report.run.name}: {setting_words(report.run, report.setting)}"
-    draw_plan(file, title, bar, lines)
+    draw_plan(file, titled(report.run, report.setting), bar, lines)
     print(f"plan: {file}", file=sys.stderr)
 
 

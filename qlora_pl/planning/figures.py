@@ -6,7 +6,6 @@ python -m qlora_pl.planning.figures docs      both pictures, and their numbers
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -166,9 +165,3 @@ Change = Callable[[int], TrainingSetting]
 def _on(number: int, strategy: str) -> TrainingSetting:
     name = strategy if number > 1 else "one"
     return replace(QLORA, num_devices=number, strategy=name)  # type: ignore[arg-type]
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
-    print(draw_figure6(folder / "memory-figure6.png"))
-    draw_growth(folder / "memory-growth.png")

@@ -188,7 +188,9 @@ def _draw_panel(axis: Any, panel: Panel, colours: Mapping[str, str]) -> None:
         [handle for _, handle in handles],
         [name for name, _ in handles],
         fontsize=8,
-        frameon=False,
+        facecolor="white",
+        edgecolor="none",
+        framealpha=1,
         loc="upper left",
     )
 

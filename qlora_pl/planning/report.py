@@ -82,7 +82,7 @@ class Report:
 
     def _head(self) -> str:
         s, shape = self.setting, self.run.shape
-        lines = [f"{self.run.name}: {setting_words(self.run, s)}"]
+        lines = [titled(self.run, s)]
         rows = f"{s.batch_size} row{'s' * (s.batch_size != 1)} of {s.tokens_per_row:,} tokens"
         if shape.num_encoder_layers:
             rows += f" and {s.target_tokens_per_row or s.tokens_per_row:,} of the target"
@@ -229,6 +229,12 @@ class Report:
             "paper": None if found is None else asdict(found),
             "disk": asdict(run.disk()) | {"total": run.disk().total},
         }
+
+
+def titled(run: PlannedRun, s: TrainingSetting) -> str:
+    """A run's name and what it is."""
+    words = setting_words(run, s)
+    return words if words.startswith(run.name) else f"{run.name}: {words}"
 
 
 def wrapped(text: str) -> str:
