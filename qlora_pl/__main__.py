@@ -29,6 +29,7 @@ OTHER_COMMANDS = {
     "serve": "Answer HTTP requests in OpenAI's format with an adapter, or a model alone.",
     "merge": "Put an adapter into its base, and measure what that changes.",
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
+    "plan": "Say what a run takes of a GPU's memory, how long and at what price, without a GPU.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
@@ -80,6 +81,8 @@ def main() -> int:
     try:
         if command in TRAINER_COMMANDS:
             return run_trainer_command()
+        if command == "plan":
+            return run_plan()
         if command in ("generate", "chat", "serve", "merge", "export"):
             return run_with_adapter(command)
         return run_inspect() if command == "inspect" else run_prove_resume()
@@ -144,6 +147,15 @@ def run_inspect() -> int:
     from qlora_pl.inspection.command import inspect
 
     return inspect(sys.argv[2:])
+
+
+def run_plan() -> int:
+    """Hand over to ``plan``, which imports the parser of runs only for a training file."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten()
+    from qlora_pl.planning.command import plan_command
+
+    return plan_command(sys.argv[2:])
 
 
 def run_prove_resume() -> int:

@@ -85,6 +85,7 @@ HEAVY = {
     "uvicorn",
     "tqdm",
     "gradio",
+    "matplotlib",
 }
 MAY_USE: dict[str, set[str]] = {
     "__main__": set(),
@@ -141,6 +142,9 @@ MAY_USE: dict[str, set[str]] = {
     "inspection.policies": {"numpy", "tqdm"},
     "inspection.command": set(),
     "planning": set(),
+    "planning.local_files": {"huggingface_hub"},
+    "planning.pictures": {"matplotlib"},
+    "planning.run_rows": {"numpy"},
     "proof": set(),
     "proof.comparison": {"torch", "safetensors"},
     "proof.verdict": {"torch"},
@@ -153,6 +157,7 @@ LAYERS: dict[str, set[str]] = {
         "inference",
         "inspection",
         "merging",
+        "planning",
         "proof",
         "serving",
         "errors",
@@ -187,7 +192,7 @@ LAYERS: dict[str, set[str]] = {
         "redaction",
     },
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
-    "planning": {"planning", "modeling", "errors"},
+    "planning": {"planning", "cli", "data", "inference", "modeling", "errors"},
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
 }
 
