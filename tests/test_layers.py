@@ -139,6 +139,7 @@ MAY_USE: dict[str, set[str]] = {
     "inspection.duplicates": {"numpy", "tqdm"},
     "inspection.policies": {"numpy", "tqdm"},
     "inspection.command": set(),
+    "planning": set(),
     "proof": set(),
     "proof.comparison": {"torch", "safetensors"},
     "proof.verdict": {"torch"},
@@ -185,6 +186,7 @@ LAYERS: dict[str, set[str]] = {
         "redaction",
     },
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
+    "planning": {"planning", "modeling", "errors"},
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
 }
 
