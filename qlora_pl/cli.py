@@ -214,8 +214,10 @@ class QLoRACLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         assert self.subcommand is not None
+        assert self.resolved is not None
         memory_gib = self.config[self.subcommand].run.memory_gib
-        essential: list[Any] = [AutoBatch(memory_gib), RunMetrics(), StepLayout()]
+        auto = AutoBatch(memory_gib, self.resolved.checkpoint)
+        essential: list[Any] = [auto, RunMetrics(), StepLayout()]
         if self.subcommand == "fit" and not config["fast_dev_run"]:
             essential.append(MemoryRecord(self._all_runs()))  # its peak begins before a rehearsal
         essential.append(Rehearsal())

@@ -8,6 +8,7 @@ written down, byte for byte.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,6 +38,7 @@ WORTHWHILE_TOKENS = 512
 """Of a micro-batch from which on none is recomputed for the sake of a larger one. Recomputing makes
 three passes over the base out of two, and a pass costs its tokens and, for decoding the weights, as
 much as some 215 tokens more: 2 x (430 + 215) are 3 x 430."""
+KEY = "AutoBatch"
 SAME_MEMORY = 0.01
 """Difference of two devices' memory, as a share, up to which they count as alike."""
 
@@ -56,11 +58,19 @@ class AutoBatch(Callback):
 
     Args:
         memory_gib: See ``RunConfig``.
+        resumes_from: The checkpoint that the run goes on from, whose choice stays where it can;
+            Lightning tells nobody of it before the model is loaded.
         tries_on_cpu: Whether the choice is tried on a CPU too.
     """
 
-    def __init__(self, memory_gib: float | None = None, tries_on_cpu: bool = False) -> None:
+    def __init__(
+        self,
+        memory_gib: float | None = None,
+        resumes_from: Path | None = None,
+        tries_on_cpu: bool = False,
+    ) -> None:
         self.memory_gib = memory_gib
+        self.resumes_from = resumes_from
         self.tries_on_cpu = tries_on_cpu
         self.choices: list[Choice] = []
         """All that come into question, what is wanted most first and what is smallest last."""
@@ -68,6 +78,11 @@ class AutoBatch(Callback):
         """Of the one that is taken, from 0."""
         self._asked: tuple[Any, Any] = (None, None)
         self._reason = ""
+
+    @property
+    def state_key(self) -> str:
+        """Its name in checkpoints."""
+        return KEY
 
     # -- before weights are loaded -----------------------------------------------------------------
 
@@ -105,7 +120,7 @@ class AutoBatch(Callback):
 
     def _planned(self, planner: RunPlanner) -> int:
         """The number of the first choice that fits by the plan, or of the one before a resume."""
-        before = recorded(self._trainer.ckpt_path, self.memory, self._trainer.world_size)
+        before = recorded(self.resumes_from, self.memory, self._trainer.world_size)
         if before in self.choices:
             self._reason = "as before the checkpoint"
             return self.choices.index(before)
@@ -203,7 +218,7 @@ class AutoBatch(Callback):
                 values["trainer.accumulate_grad_batches"] = self._accumulation(choice)
         if self._asked[1] == AUTO:
             values["model.gradient_checkpointing"] = choice.recomputes
-        for callback in self._trainer.callbacks:
+        for callback in cast(Any, self._trainer).callbacks:
             if isinstance(callback, RunRecord):
                 callback.settle(values)
         said = ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
@@ -248,7 +263,7 @@ def in_words(choice: Choice) -> str:
     return f"{rows} {'with' if choice.recomputes else 'without'} recomputing"
 
 
-def recorded(checkpoint: Any, memory: DeviceMemory, world_size: int) -> Choice | None:
+def recorded(checkpoint: Path | None, memory: DeviceMemory, world_size: int) -> Choice | None:
     """What the run of a checkpoint had chosen, if it had as much memory and as many devices.
 
     Args:
@@ -261,7 +276,7 @@ def recorded(checkpoint: Any, memory: DeviceMemory, world_size: int) -> Choice |
     # Mapped: of a file of gigabytes a page or two are read.
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     states: dict[str, Any] = content.get("callbacks", {})
-    before = states.get(AutoBatch.__qualname__)
+    before = states.get(KEY)
     if before is None or before["world_size"] != world_size:
         return None
     if abs(before["memory_bytes"] - memory.capacity) > SAME_MEMORY * memory.capacity:
