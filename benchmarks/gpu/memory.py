@@ -149,11 +149,7 @@ def peaks(place: Place, findings: Findings) -> None:
         complete(run)
         row = _line_of(run)
         parts = [key.removeprefix("counted_") for key in row if key.startswith("counted_")]
-        apart = {
-            part: int(row[f"counted_{part}"]) - int(row[f"planned_{part}"])
-            for part in parts
-            if part != "gradients"  # planned at the fullest moment, counted at the step
-        }
+        apart = {part: int(row[f"counted_{part}"]) - int(row[f"planned_{part}"]) for part in parts}
         findings.claim(f"{name}: what is counted is what was planned", not any(apart.values()))
         text = f"{name}: the peak is within {MOST_APART:.0%} of its plan"
         findings.note(**{name: {key: value for key, value in row.items() if value}})

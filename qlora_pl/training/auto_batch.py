@@ -124,6 +124,26 @@ class AutoBatch(Callback):
         if before in self.choices:
             self._reason = "as before the checkpoint"
             return self.choices.index(before)
+        try:
+            needs = self._needs(planner)
+        except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError) as error:
+            logger.warning("No plan could be made of this model (%s).", error)
+            self._reason = "without a plan"
+            return 0 if self._tries else len(self.choices) - 1
+        usable = USABLE * self.memory.free
+        self._reason = (
+            f"planned to take {needs[-1] / GIB:.2f} GiB of {usable / GIB:.2f} "
+            f"({USABLE:.0%} of what is to be had)"
+        )
+        if needs[-1] > usable:
+            self._reason += "; there is nothing smaller"
+        elif len(needs) > 1:
+            larger = in_words(self.choices[len(needs) - 2])
+            self._reason += f", where {larger} would take {needs[-2] / GIB:.2f}"
+        return len(needs) - 1
+
+    def _needs(self, planner: RunPlanner) -> list[float]:
+        """Bytes of each choice, up to the first that fits."""
         on_gpu = self._trainer.strategy.root_device.type == "cuda"
         needs: list[float] = []
         for choice in self.choices:
@@ -131,15 +151,14 @@ class AutoBatch(Callback):
             needs.append(plan.total if on_gpu else plan.before_overhead)
             if needs[-1] <= USABLE * self.memory.free:
                 break
-        number = len(needs) - 1
-        free, need = self.memory.free / GIB, needs[-1] / GIB
-        self._reason = f"planned to take {need:.2f} GiB of {free:.2f}"
-        if needs[-1] > USABLE * self.memory.free:
-            self._reason += ", more than is to be had, but there is nothing smaller"
-        elif number:
-            self._reason += f", where {in_words(self.choices[number - 1])} would take "
-            self._reason += f"{needs[-2] / GIB:.2f}"
-        return number
+        return needs
+
+    @property
+    def _tries(self) -> bool:
+        """Whether the choice is tried."""
+        strategy = self._trainer.strategy
+        is_shared = getattr(strategy, "shards_parameters", False)
+        return not is_shared and (strategy.root_device.type != "cpu" or self.tries_on_cpu)
 
     def _accumulation(self, choice: Choice) -> int:
         if self._asked[0] == AUTO:
@@ -154,9 +173,8 @@ class AutoBatch(Callback):
         Raises:
             HardwareError: on all ranks, if not even a single row fits on one of them.
         """
-        strategy, first = self._trainer.strategy, self.number
-        is_shared = getattr(strategy, "shards_parameters", False)
-        if not is_shared and (strategy.root_device.type != "cpu" or self.tries_on_cpu):
+        first = self.number
+        if self._tries:
             number, trial = self._try_from(first)
             number = self._agree(number)
             if number == len(self.choices) and self._asked[0] == AUTO:

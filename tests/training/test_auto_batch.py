@@ -121,7 +121,7 @@ def test_what_cannot_fit_by_the_plan_is_said_and_tried_with_a_single_row(
     with caplog.at_level(logging.INFO, "qlora_pl"):
         module = auto_run(tmp_path, tiny_base, rows_file, AutoBatch(1e-6))
     assert cut_of(module) == (1, ROWS_OF_A_STEP)
-    assert "more than is to be had, but there is nothing smaller" in caplog.text
+    assert "(92% of what is to be had); there is nothing smaller" in caplog.text
 
 
 def test_the_largest_batch_is_as_wide_as_any_of_the_run(
