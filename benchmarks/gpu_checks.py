@@ -38,6 +38,7 @@ CHECKS = (
     Check("speed", "speed.speed", ALONE, 170, "seconds of steps, loading, saves and leaving"),
     Check("answers", "answering.answering", ALONE, 110, "answers alone and in batches, tokens/s"),
     Check("plan", "memory.plan", ALONE, 90, "memory of a step against its estimate"),
+    Check("peaks", "memory.peaks", ALONE, 150, "peaks of a few settings against their plans"),
 )
 """Checks of one lane share runs, which the first of them makes."""
 

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterCheckpoint": "qlora_pl.training.checkpoint",
+    "AutoBatch": "qlora_pl.training.auto_batch",
     "DecodingConfig": "qlora_pl.modeling.answers.decoding",
     "InstructionDataModule": "qlora_pl.data.datamodule",
     "LoRAConfig": "qlora_pl.modeling.adapters.lora",

@@ -22,6 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from qlora_pl.data.batches.global_batch import settle_accumulation
+from qlora_pl.data.batches.largest_batch import AUTO
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError
@@ -36,8 +37,10 @@ from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
 from qlora_pl.redaction import secrets_in
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.strategies.fitting import fitting_strategy, num_gpus
+from qlora_pl.training.auto_batch import AutoBatch
 from qlora_pl.training.checkpoint import AdapterCheckpoint
 from qlora_pl.training.lost_ranks import lost_rank, watch_other_ranks
+from qlora_pl.training.memory_record import MemoryRecord
 from qlora_pl.training.monitoring import RunMetrics
 from qlora_pl.training.predictions import PredictionWriter
 from qlora_pl.training.progress import default_bars
@@ -56,7 +59,12 @@ from qlora_pl.training.stopping import (
     request_of,
     stopped_by_signal,
 )
-from qlora_pl.training.trainer_settings import RunTrainer, check_seed, check_trainer
+from qlora_pl.training.trainer_settings import (
+    RunTrainer,
+    check_seed,
+    check_trainer,
+    refuse_dependent,
+)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(
@@ -205,7 +213,14 @@ class QLoRACLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        essential: list[Any] = [RunMetrics(), StepLayout(), Rehearsal()]
+        assert self.subcommand is not None
+        assert self.resolved is not None
+        memory_gib = self.config[self.subcommand].run.memory_gib
+        auto = AutoBatch(memory_gib, self.resolved.checkpoint)
+        essential: list[Any] = [auto, RunMetrics(), StepLayout()]
+        if self.subcommand == "fit" and not config["fast_dev_run"]:
+            essential.append(MemoryRecord(self._all_runs()))  # its peak begins before a rehearsal
+        essential.append(Rehearsal())
         if self.subcommand == "predict":
             essential.append(PredictionWriter())
         chosen = config["callbacks"] or []
@@ -218,6 +233,11 @@ class QLoRACLI(LightningCLI):
         if isinstance(config["strategy"], str):
             config["strategy"] = strategy_named(config["strategy"])
         return super()._instantiate_trainer(config, [*essential, *callbacks])
+
+    def _all_runs(self) -> Path:
+        """The folder of all experiments."""
+        assert self.resolved is not None
+        return self.resolved.folder.parent.parent
 
     def _run_subcommand(self, subcommand: str) -> None:
         assert self.resolved is not None
@@ -310,7 +330,8 @@ def complete(run: Namespace) -> Namespace:
     trainer = run.trainer
     if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
         trainer.max_epochs = DEFAULT_EPOCHS
-    if trainer.accumulate_grad_batches is None and run.data.global_batch_size is None:
+    is_open = run.data.global_batch_size is None and run.data.batch_size != AUTO
+    if trainer.accumulate_grad_batches is None and is_open:
         trainer.accumulate_grad_batches = DEFAULT_ACCUMULATION
     return run
 
@@ -343,6 +364,7 @@ def check_run(run: Namespace) -> list[str]:
         lambda: RunConfig(**settings(run.run)),
         lambda: check_trainer(run.trainer),
         lambda: refuse_other_strategies(run.trainer),
+        lambda: refuse_dependent(run),
     ]
     for group in groups:
         try:

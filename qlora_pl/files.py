@@ -20,6 +20,11 @@ from typing import Any
 
 from qlora_pl.errors import TrainingStoppedError
 
+try:
+    import fcntl
+except ImportError:  # Windows has other locks
+    fcntl = None  # type: ignore[assignment]
+
 TEMPORARY_PREFIX = ".incomplete-"
 """Marks what a killed process left behind; ``remove_leftovers`` clears it away."""
 
@@ -75,6 +80,48 @@ def append_synced(path: Path, text: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise TrainingStoppedError(_why_not_written(path, error)) from error
+
+
+def append_row(path: Path, header: str, line: str) -> None:
+    """Add a line to a table to which runs side by side may write, and its header if it is new.
+
+    One write under a lock of the kernel's, so that no two lines mix. What a kill has cut short is
+    closed off by the next line. A table with another header, of another version, is left as it is:
+    then the line goes into one with a number (``table-2.csv``).
+
+    Args:
+        path: The table.
+        header: Its first line, which ends in a newline, as ``line`` does.
+        line: What is added.
+
+    Raises:
+        TrainingStoppedError: if the disk is full or the file cannot be written to.
+    """
+    table, number = path, 1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not _append_under(table, header.encode(), line.encode()):
+            number += 1
+            table = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    except OSError as error:
+        raise TrainingStoppedError(_why_not_written(table, error)) from error
+
+
+def _append_under(table: Path, header: bytes, line: bytes) -> bool:
+    """Whether the line was added; not below another header."""
+    with table.open("ab+") as file:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks: one write is all that is left
+                fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        first = file.readline()
+        if first not in (b"", header):
+            return False
+        is_cut = bool(first) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write((b"" if first else header) + b"\n" * is_cut + line)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

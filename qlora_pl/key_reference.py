@@ -71,8 +71,8 @@ OWN_WORDS = {
     "trainer.gradient_clip_val": "Largest norm of a step's gradients, over all trained weights "
     "together; 0.3 is the paper's (table 9).",
     "trainer.accumulate_grad_batches": "Micro-batches of a step on each device. `null`: what "
-    f"`data.global_batch_size` leaves; without it {DEFAULT_ACCUMULATION}, with which "
-    "`data.batch_size` 4 makes the paper's 16 rows a step.",
+    "`data.global_batch_size` leaves, or what `data.batch_size: auto` comes to; without either "
+    f"{DEFAULT_ACCUMULATION}, with which `data.batch_size` 4 makes the paper's 16 rows a step.",
     "trainer.num_sanity_val_steps": "Batches of a validation before training; -1: all, so that "
     "the loss before training is known.",
     "trainer.log_every_n_steps": "Optimizer steps between logged rows; 10 as in the original.",

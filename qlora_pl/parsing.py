@@ -291,6 +291,7 @@ def _value_problem(lines: list[str]) -> str:
 
 def _type_name(name: str) -> str:
     if found := re.match(r"typing\.Literal\[(.*)\]", name):
-        return f"one of {found[1].replace(chr(39), '')}"
+        names = found[1].replace("'", "")
+        return f"one of {names}" if "," in names else names
     short = re.sub(r"<class '(.*)'>", r"\1", name).split(".")[-1]
     return TYPES.get(short, short)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -245,3 +248,126 @@ def test_a_base_that_lies_half_on_the_cpu_gives_the_logits_of_the_gpu(
         found = spread(input_ids=ids).logits.cpu()
         expected = whole(input_ids=ids.to(gpu)).logits.cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+SAYS_WHETHER_SEGMENTS_EXPAND = """
+import os
+from qlora_pl.__main__ import prefer_expandable_segments
+prefer_expandable_segments(os.environ)
+import torch
+torch.zeros(1, device="cuda")
+print(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "expands"),
+    [({}, True), ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False)],
+)
+def test_the_allocators_segments_expand_unless_the_user_says_otherwise(
+    variables: dict[str, str], expands: bool
+) -> None:
+    inherited = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    said = subprocess.run(
+        [sys.executable, "-c", SAYS_WHETHER_SEGMENTS_EXPAND],
+        env=inherited | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said.split() == [str(expands)]
+
+
+WIDE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 2048,
+}
+
+
+def long_rows(folder: Path) -> Path:
+    path = folder / "rows.jsonl"
+    row = {"instruction": "Count your legs.", "output": "eight legs " * 300}
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(26)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": False, "lora": {"dtype": "bfloat16", "dropout": 0.1}},
+    ],
+    ids=["recomputing", "keeping", "half, with dropout"],
+)
+def test_the_peak_of_a_step_is_what_was_planned(options: dict[str, Any], tmp_path: Path) -> None:
+    """Source: ``max_memory_allocated`` over the largest batch and the first step, within 5 %."""
+    from lightning.pytorch import Trainer
+
+    from qlora_pl import InstructionDataModule, LoRAConfig, OptimizerConfig, QLoRAModule
+    from qlora_pl.training.memory_record import MemoryRecord
+    from qlora_pl.training.rehearsal import Rehearsal
+
+    options = dict(options)
+    module = QLoRAModule(
+        str(save_base(tmp_path / "base", **WIDE)),
+        lora=LoRAConfig(r=16, **options.pop("lora", {})),
+        optimizer=OptimizerConfig(name="adamw_32bit"),
+        **options,
+    )
+    data = InstructionDataModule(
+        long_rows(tmp_path), template="guanaco", val_size=0, batch_size=4, max_length=1024
+    )
+    record = MemoryRecord(tmp_path)
+    trainer = Trainer(
+        default_root_dir=tmp_path / "run",
+        max_steps=1,
+        accelerator="gpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[record, Rehearsal()],
+    )
+    trainer.fit(module, data)
+    peak = record.counted["peak_allocated"]
+    assert abs(record.planned["allocated"] / peak - 1) <= 0.05, (record.planned, record.counted)
+
+
+def test_a_batch_that_is_too_large_for_the_device_is_found_by_trying(tmp_path: Path) -> None:
+    """The plan sees all of the device; the allocator is allowed less than eight rows take."""
+    from auto_runs import LARGE, auto_run
+
+    from qlora_pl.training.auto_batch import AutoBatch
+    from qlora_pl.training.planned_memory import RunPlanner
+
+    class Less(AutoBatch):
+        def _settle(self) -> None:
+            device = self._trainer.strategy.root_device
+            planner = RunPlanner(self._trainer, self._module)
+            eight, four = (planner.largest(rows, False, 8 // rows).allocated for rows in (8, 4))
+            more = (eight + four) / 2 - torch.cuda.memory_allocated(device)
+            total = torch.cuda.get_device_properties(device).total_memory
+            share = (torch.cuda.memory_reserved(device) + more) / total
+            torch.cuda.set_per_process_memory_fraction(share, device)
+            super()._settle()
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+    base = save_base(tmp_path / "base", **WIDE)
+    choice = Less(LARGE)
+    module = auto_run(
+        tmp_path / "run",
+        base,
+        long_rows(tmp_path),
+        choice,
+        data={"max_length": 1024},
+        trainer={"accelerator": "gpu"},
+    )
+    assert choice.number > 0
+    assert module.trainer.datamodule.batch_size in (4, 2)
+    assert module.trainer.global_step == 3

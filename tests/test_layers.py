@@ -56,6 +56,7 @@ DATA = [
     "batches.ordering",
     "batches.collation",
     "batches.pair_batches",
+    "batches.largest_batch",
     "splits",
     "windows",
     "batches.batching",
@@ -176,7 +177,16 @@ LAYERS: dict[str, set[str]] = {
     "data": {"data", "errors", "batch", "files"},
     "modeling": {"modeling", "errors", "batch", "files"},
     "strategies": {"strategies", "modeling", "errors"},
-    "training": {"training", "modeling", "data", "errors", "batch", "files", "redaction"},
+    "training": {
+        "training",
+        "planning",
+        "modeling",
+        "data",
+        "errors",
+        "batch",
+        "files",
+        "redaction",
+    },
     "inference": {"inference", "modeling", "data", "errors", "files"},
     "chat": {"chat", "inference", "modeling", "data", "errors", "files"},
     "serving": {"serving", "chat", "inference", "modeling", "data", "errors"},
@@ -193,7 +203,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
     "planning": {"planning", "cli", "data", "inference", "modeling", "errors"},
-    "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
+    "proof": {"proof", "cli", "training", "data", "errors", "files", "redaction"},
 }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 from typing import Any
 
 from gpu.layouts import ADAPTER, LOSS
 from gpu.place import Findings, Place
-from gpu.runs import Run, adapter_distance, complete, finish, step_distance
+from gpu.runs import Run, adapter_distance, complete, finish, merge, step_distance
 from gpu.speed import TOKENS_OF_ROW, large_run
 
 ROWS = 8
@@ -14,6 +15,22 @@ STEP = 2
 """In which memory is short; the optimizer has its state by then."""
 SHARE = 0.75
 """Of what a step takes besides what is held: too little for it, enough for half of its rows."""
+MOST_APART = 0.05
+"""What a run's peak may be from its plan, as a share of the peak."""
+PLANNED: dict[str, dict[str, Any]] = {
+    "recomputing": {},
+    "keeping": {"model": {"gradient_checkpointing": False}},
+    "half": {
+        "model": {"gradient_checkpointing": False, "lora": {"dtype": "bfloat16", "dropout": 0.1}}
+    },
+    "accumulating": {
+        "model": {"optimizer": {"name": "adamw_8bit"}},
+        "data": {"batch_size": 1},
+    },
+}
+"""Settings whose plans have different largest parts."""
+GIVEN_GIB = 8.0
+"""What a run may take that chooses its own micro-batch: too little for all of a step's rows."""
 MOST_OVER_PLAN = 1.15
 """A step may take so much of what was estimated: the choice of a strategy leaves 8 % free."""
 
@@ -123,3 +140,58 @@ def plan(place: Place, findings: Findings) -> None:
     peak = max(step["peak_bytes"] for step in notes["steps"])
     ratio = peak / (footprint.whole - OVERHEAD)
     findings.claim(text, ratio <= MOST_OVER_PLAN, ratio=ratio, peak_bytes=peak)
+
+
+def peaks(place: Place, findings: Findings) -> None:
+    """Runs of a few settings and their own lines in ``plan_error.csv``; one chooses its batch."""
+    runs = {name: _two_steps(place, f"peak-{name}", changes) for name, changes in PLANNED.items()}
+    for name, run in runs.items():
+        complete(run)
+        row = _line_of(run)
+        parts = [key.removeprefix("counted_") for key in row if key.startswith("counted_")]
+        apart = {part: int(row[f"counted_{part}"]) - int(row[f"planned_{part}"]) for part in parts}
+        findings.claim(f"{name}: what is counted is what was planned", not any(apart.values()))
+        text = f"{name}: the peak is within {MOST_APART:.0%} of its plan"
+        findings.note(**{name: {key: value for key, value in row.items() if value}})
+        if place.is_rehearsal:
+            findings.needs_cuda(text)
+        else:
+            ratio = float(row["error_ratio"])
+            findings.claim(text, abs(ratio) <= MOST_APART, ratio=ratio)
+    _chosen_batch(place, findings)
+
+
+def _chosen_batch(place: Place, findings: Findings) -> None:
+    chosen = {
+        "run": {"memory_gib": GIVEN_GIB},
+        "model": {"gradient_checkpointing": "auto"},
+        "data": {"batch_size": "auto", "global_batch_size": 2 * ROWS},
+    }
+    run = _two_steps(place, "peak-auto", chosen)
+    complete(run)
+    row, told = _line_of(run), " ".join(run.said.split())
+    findings.claim(
+        "auto: a size was chosen that divides the step, and said in a sentence",
+        2 * ROWS % int(row["batch_size"]) == 0 and told.count("(auto), planned to take") == 1,
+        batch_size=int(row["batch_size"]),
+        gradient_checkpointing=row["gradient_checkpointing"],
+    )
+    text = "auto: the run took no more than it was given"
+    if place.is_rehearsal:
+        findings.needs_cuda(text)
+        return
+    peak = int(row["peak_allocated"])
+    findings.claim(text, peak <= GIVEN_GIB * 2**30, peak_bytes=peak, reserved=row["peak_reserved"])
+
+
+def _two_steps(place: Place, name: str, changes: dict[str, Any]) -> Run:
+    """Of the large base, without notes: they begin to count peaks anew at each step."""
+    run = large_run(place, name)
+    merge(run.config, changes)
+    run.config["trainer"] |= {"max_steps": 2, "callbacks": []}
+    return run
+
+
+def _line_of(run: Run) -> dict[str, str]:
+    with (run.folder.parent.parent / "plan_error.csv").open(newline="") as table:
+        return next(row for row in csv.DictReader(table) if row["run"] == str(run.folder))

@@ -29,6 +29,7 @@ from qlora_pl.data.batches.batching import (
 )
 from qlora_pl.data.batches.collation import make_packing_probe
 from qlora_pl.data.batches.global_batch import settle_accumulation
+from qlora_pl.data.batches.largest_batch import first_size
 from qlora_pl.data.continuing import describe_order, position_in_layout
 from qlora_pl.data.encoding.encoder import TrainOn
 from qlora_pl.data.encoding.encoder_choice import Encoding
@@ -92,10 +93,11 @@ class InstructionDataModule(LightningDataModule):
             too large to be read before (streamed ones); None: everything is read first.
         on_error: What becomes of a bad row: ``stop``: the run, naming it. ``skip``: it is left out,
             counted and listed, unless too many are bad (1 %, and ten or more).
-        batch_size: Rows of a micro-batch on one device, or packs where rows are packed.
+        batch_size: Rows of a micro-batch on one device, or packs where rows are packed. ``auto``:
+            as many as fit into its memory and divide its share of a step, chosen before the first.
         global_batch_size: Rows of an optimizer step over all devices (packs where rows are packed,
             micro-batches with ``tokens_per_batch``), whatever their number. None: ``batch_size`` x
-            ``trainer.accumulate_grad_batches`` x devices.
+            ``trainer.accumulate_grad_batches`` x devices; 16 x devices where the first is ``auto``.
         eval_batch_size: Rows of a batch in validation, test and prediction; None: ``batch_size``.
         group_by_length: Whether rows of similar length share a step, so that less is padded.
         packing: Whether training rows are put into packs of ``max_length`` tokens that attend to
@@ -131,7 +133,7 @@ class InstructionDataModule(LightningDataModule):
         encoding_processes: int | None = None,
         window: int | None = None,
         on_error: OnError = "stop",
-        batch_size: int = 4,
+        batch_size: int | Literal["auto"] = 4,
         global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
         group_by_length: bool = True,
@@ -164,9 +166,11 @@ class InstructionDataModule(LightningDataModule):
         self.window = window
         self._windows: Windows | None = None
         self._first_window = ""
-        self.batch_size = batch_size
+        self.asked_batch_size = batch_size
         self.global_batch_size = global_batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.asked_eval_batch_size = eval_batch_size
+        self.batch_size = first_size(batch_size, global_batch_size)
+        self.eval_batch_size = self.batch_size if eval_batch_size is None else eval_batch_size
         self.group_by_length = group_by_length
         self.packing = packing
         self.is_packed = packing is True
@@ -317,8 +321,7 @@ class InstructionDataModule(LightningDataModule):
     def packing_probe(self) -> PackingProbe:
         """Training rows, packed and apart: what the model is asked before ``decide_packing``."""
         num_lines = min(2, self.batch_size)  # some kernels keep rows apart in a single line only
-        rows = self.splits["train"].rows
-        return make_packing_probe(rows, self.tokenizer.pad_token_id, num_lines)
+        return make_packing_probe(self.splits["train"].rows, self.tokenizer.pad_token_id, num_lines)
 
     def decide_packing(self, is_packed: bool) -> None:
         """Whether loaders made from now on pack rows; the model has been asked."""
@@ -326,9 +329,8 @@ class InstructionDataModule(LightningDataModule):
 
     def first_batches(self, count: int) -> list[Batch]:
         """Batches of the first training rows, the same on every device, wherever training is."""
-        rows = self.splits["train"].rows
+        rows, layout = self.splits["train"].rows, BatchLayout(self.batch_size)
         some = rows.select(range(min(count * self.batch_size, len(rows))))
-        layout = BatchLayout(self.batch_size)
         batches = EvaluationBatches(some, layout, self.tokenizer.pad_token_id, self._lines())
         return [batches[index] for index in range(len(batches))]
 
@@ -353,16 +355,14 @@ class InstructionDataModule(LightningDataModule):
         """The prompts of the validation rows, in their order."""
         prompts, references = prompts_of(self.splits["val"], self.encoder)
         layout, pad_id = self._layout(self.eval_batch_size), self.tokenizer.pad_token_id
-        batches = PromptBatches(prompts, references, layout, pad_id)
-        return make_loader(batches, self.num_workers)
+        return make_loader(PromptBatches(prompts, references, layout, pad_id), self.num_workers)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch] | list[Any]:
         rows = self.splits[split].rows
         if not len(rows):
             return []
-        layout = self._layout(self.eval_batch_size)
-        batches = EvaluationBatches(rows, layout, self.tokenizer.pad_token_id, self._lines())
-        return make_loader(batches, self.num_workers)
+        pad_id, layout = self.tokenizer.pad_token_id, self._layout(self.eval_batch_size)
+        return make_loader(EvaluationBatches(rows, layout, pad_id, self._lines()), self.num_workers)
 
     def _order_seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from qlora_pl.data.batches.largest_batch import AUTO
 from qlora_pl.data.batches.ordering import padded_width
 
 
@@ -61,6 +62,15 @@ def _of_batches(data: Any) -> Iterator[tuple[bool, str]]:
     yield (
         data.global_batch_size is None or data.global_batch_size >= 1,
         f"global_batch_size: must be at least 1, got {data.global_batch_size}.",
+    )
+    yield (
+        data.asked_batch_size != AUTO or data.tokens_per_batch is None,
+        "batch_size: auto counts rows, and tokens_per_batch tokens; leave out one of the two.",
+    )
+    yield (
+        data.asked_batch_size != AUTO or data.packing != AUTO,
+        "batch_size: auto is chosen for rows that are packed or not; with it, set packing to true "
+        "or false.",
     )
     yield data.num_workers >= 0, f"num_workers: must be 0 or more, got {data.num_workers}."
     if (budget := data.tokens_per_batch) is None:

@@ -169,7 +169,7 @@ def _settings(run: RunData) -> dict[str, Any]:
         "data.append_eos": data.append_eos,
         "data.encoding": data.encoding,
         "data.on_error": data.on_error,
-        "data.batch_size": data.batch_size,
+        "data.batch_size": data.asked_batch_size,
         "data.tokens_per_batch": data.tokens_per_batch,
         "data.packing": data.packing,
         "data.group_by_length": data.group_by_length,

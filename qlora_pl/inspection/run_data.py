@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_pl.cli import read_runs, settings
+from qlora_pl.cli import DEFAULT_ACCUMULATION, read_runs, settings
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.encoding.lengths import Limits
@@ -119,7 +119,8 @@ def read_run(words: list[str]) -> RunData:
     """
     (run,) = read_runs([words])
     base = BaseFacts.of(run.model)
-    data = RowsOfRun(base, run.trainer.accumulate_grad_batches or 1, **settings(run.data))
+    accumulation = run.trainer.accumulate_grad_batches or DEFAULT_ACCUMULATION
+    data = RowsOfRun(base, accumulation, **settings(run.data))
     data.setup()
     return RunData(str(run.run.name), data, {key: data.whole_rows(key) for key in data.read})
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -66,6 +66,7 @@ from qlora_pl.modeling.steps.step import (
     StepStatistics,
     refuse_other_sums,
     refuse_silent_adapters,
+    refuse_unsettled,
     stop_if_diverged,
     sum_over_step,
 )
@@ -93,7 +94,8 @@ class QLoRAModule(LightningModule):
             halves with the same gradient, and all that follow are halved too. ``stop``: the run
             ends.
         gradient_checkpointing: Recompute activations in the backward pass: a third more
-            arithmetic, and memory for one layer instead of all.
+            arithmetic, and memory for one layer instead of all. ``auto``: only where they do not
+            fit otherwise.
         attn_implementation: transformers' attention kernel; auto: sdpa, or eager for families
             that have no other (BLOOM, Gemma 2).
         trust_remote_code: Whether Python code of the model may run; a Hub model needs a revision.
@@ -112,7 +114,7 @@ class QLoRAModule(LightningModule):
         decoding: DecodingConfig = DecodingConfig(),  # noqa: B008
         normalize_loss_by: Normalization = "tokens",
         on_oom: OnOutOfMemory = "split",
-        gradient_checkpointing: bool = True,
+        gradient_checkpointing: bool | Literal["auto"] = True,
         attn_implementation: AttentionKernel = "auto",
         trust_remote_code: bool = False,
         grow_vocabulary: bool = False,
@@ -130,6 +132,8 @@ class QLoRAModule(LightningModule):
         self.decoding = decoding
         self.normalize_loss_by = normalize_loss_by
         self.gradient_checkpointing = gradient_checkpointing
+        self.after_loading: Callable[[], None] | None = None
+        """Called once the model is there, before there are loaders and an optimizer."""
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
         self.grow_vocabulary = grow_vocabulary
@@ -167,6 +171,7 @@ class QLoRAModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check everything that the base's configuration can show, before weights are loaded."""
         refuse_other_sums(self.trainer)
+        refuse_unsettled(self)
         if self.model is not None:
             return
         self.identity = identify_base(self.model_name_or_path, self.revision, self.cache_dir)
@@ -199,8 +204,10 @@ class QLoRAModule(LightningModule):
             self._prepare_for(self.trainer)  # which may be another
             return
         self.base, self.model, self.vocabulary_size = load_adapted(self)
-        prepare_for_training(self.model, self.gradient_checkpointing)
+        prepare_for_training(self.model, self.gradient_checkpointing is True)
         self._prepare_for(self.trainer)
+        if self.after_loading is not None:
+            self.after_loading()
         if self.trainer.is_global_zero:
             name = self.model_name_or_path
             logger.info("%s", summarize(name, self.model, self.base, self.quantization))

@@ -48,12 +48,13 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
         size = logical_size(parameter)
         by_dtype[str(parameter.dtype).split(".")[-1] if state is None else state.quant_type] += size
         stored += parameter.numel() * parameter.element_size()
-        stored += 0 if state is None else _statistics_bytes(state)
+        stored += 0 if state is None else statistics_bytes(state)
         trainable += size if parameter.requires_grad else 0
     return ParameterCounts(dict(by_dtype), trainable, stored)
 
 
-def _statistics_bytes(state: Any) -> int:
+def statistics_bytes(state: Any) -> int:
+    """Bytes of what a packed 4-bit matrix is decoded with; ``state`` is its ``quant_state``."""
     tensors = [state.absmax, state.code]
     if state.nested:
         tensors += [state.state2.absmax, state.state2.code, state.offset]

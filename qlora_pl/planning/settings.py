@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from qlora_pl.planning.training_setting import Dtype, TrainingSetting
 
+OPEN_SHARE = 16
+"""Rows of a step on each device where nothing says how many."""
 PADDED_TO = 8
 """Batches are as wide as a multiple of this."""
 
@@ -21,7 +23,7 @@ def setting_of(
     tokens_per_row: int | None = None,
     trained_tokens: int | None = None,
 ) -> TrainingSetting:
-    """What a run's configuration says of memory.
+    """What a run's configuration says of memory; ``auto`` is the least that it may come to.
 
     Args:
         run: From ``cli.read_runs``: the parser's namespace, completed.
@@ -38,12 +40,13 @@ def setting_of(
     compute = quantization.compute_dtype
     length = tokens_per_row or longest_row(data)
     is_packed = data.packing is not False
-    rows = data.batch_size
+    is_open = data.batch_size == "auto"
+    rows = 1 if is_open else data.batch_size
     if data.tokens_per_batch is not None:
         rows = max(1, data.tokens_per_batch // length)
     micro_batches = trainer.accumulate_grad_batches
     if micro_batches is None:
-        total = data.global_batch_size
+        total = data.global_batch_size or is_open * OPEN_SHARE * num_devices
         micro_batches = max(1, -(-total // (rows * num_devices)))
     targets = lora.target_modules
     return TrainingSetting(
@@ -69,7 +72,7 @@ def setting_of(
         has_mask=not is_packed and (rows > 1 or data.padding == "max_length"),
         is_packed=is_packed,
         attention=model.attn_implementation,
-        gradient_checkpointing=model.gradient_checkpointing,
+        gradient_checkpointing=bool(model.gradient_checkpointing),
         num_micro_batches=micro_batches,
         splits_on_oom=model.on_oom == "split",
         strategy=_strategy(trainer.strategy, num_devices, auto_strategy),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_pl.data.batches.largest_batch import AUTO, SHARE, first_size
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import write_json
 from qlora_pl.training.run_folder import RunConfig
@@ -70,9 +71,13 @@ def cut(run: Any, words: list[str], steps: int) -> CutRun:
         "run.name": run.run.name,
         "ckpt_path": "auto",
     }
+    is_open = run.data.batch_size == AUTO
+    size = first_size(run.data.batch_size, run.data.global_batch_size)
+    if is_open:  # every run of a proof has to have the same, and intervals count in it
+        flags["data.batch_size"] = size
     if run.trainer.limit_val_batches != 0:
         # Where the global batch says it, devices are not known yet; on one device it is this.
-        whole_batch = (run.data.global_batch_size or 1) // max(run.data.batch_size or 1, 1)
+        whole_batch = (run.data.global_batch_size or is_open * SHARE) // max(size, 1)
         accumulation = run.trainer.accumulate_grad_batches or max(whole_batch, 1)
         flags |= {
             "trainer.limit_val_batches": VALIDATION_BATCHES,

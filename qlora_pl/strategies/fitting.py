@@ -47,13 +47,14 @@ def fitting_strategy(
     skeleton = build_skeleton(
         model.model_name_or_path, model.attn_implementation, model.trust_remote_code
     )
+    rows = 1 if data.asked_batch_size == "auto" else data.batch_size
     footprint = estimate_footprint(
         skeleton,
         model.quantization,
         model.lora,
         model.optimizer_config,
-        data.tokens_per_batch or data.batch_size * data.max_length,
-        model.gradient_checkpointing,
+        data.tokens_per_batch or rows * data.max_length,
+        bool(model.gradient_checkpointing),  # auto: where it has to be
     )
     memory = min(
         torch.cuda.get_device_properties(index).total_memory

@@ -14,6 +14,7 @@ import io
 import json
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,7 @@ COLUMNS = (
     "throughput/trained_tokens_per_second",
     "throughput/padding_ratio",
     "memory/peak_allocated_gib",
+    "memory/reserved_over_allocated",
     "val/loss",
     "val/perplexity",
 )
@@ -66,6 +68,8 @@ class RunMetrics(Callback):
         self._last_statistics: dict[str, Any] | None = None
         """Of the last step, which a run that was stopped in its last validation logs later."""
         self._resumed_at: int | None = None
+        self._peak_bytes = 0
+        """Of memory before training, since counting may begin anew there."""
         self._began = self._started = time.perf_counter()
 
     # -- life of a run ---------------------------------------------------------------------------
@@ -89,6 +93,7 @@ class RunMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut the history back to the checkpoint; what the run came to before no longer holds."""
         self._written = {}
+        self._peak_bytes = peak_memory_bytes()
         if self._resumed_at is not None and self._last_statistics is not None:
             cast(Any, pl_module).last_step = StepStatistics(**self._last_statistics)
         if self._resumed_at is not None and trainer.is_global_zero:
@@ -253,8 +258,10 @@ class RunMetrics(Callback):
             "throughput/tokens_per_second": window["tokens"] / seconds,
             "throughput/trained_tokens_per_second": window["trained_tokens"] / seconds,
             "throughput/padding_ratio": 1 - window["tokens"] / max(window["padded_tokens"], 1),
-            "memory/peak_allocated_gib": peak_memory_bytes() / 2**30,
+            "memory/peak_allocated_gib": max(self._peak_bytes, peak_memory_bytes()) / 2**30,
         }
+        if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+            row["memory/reserved_over_allocated"] = torch.cuda.max_memory_reserved() / allocated
         self._close_window()
         return row
 
@@ -284,11 +291,18 @@ class RunMetrics(Callback):
 
     def _append_to_table(self, row: dict[str, float]) -> None:
         lines = io.StringIO(newline="")
-        writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(lines, self._columns(), extrasaction="ignore")
         if not self._table.exists():
             writer.writeheader()
         writer.writerow(row)
         append_synced(self._table, lines.getvalue())
+
+    def _columns(self) -> Sequence[str]:
+        """Of the table; one that an earlier version began keeps those it has."""
+        if not self._table.exists():
+            return COLUMNS
+        with self._table.open(newline="") as file:
+            return next(csv.reader(file), None) or COLUMNS
 
     def history(self) -> list[dict[str, float]]:
         """Every logged row so far, the one that waits included, without what measures time."""
@@ -310,12 +324,12 @@ class RunMetrics(Callback):
         """Drop the rows from a step on, and a row that a kill cut short."""
         if not self._table.exists():
             return
-        kept = io.StringIO(newline="")
-        writer = csv.DictWriter(kept, COLUMNS)
+        kept, columns = io.StringIO(newline=""), self._columns()
+        writer = csv.DictWriter(kept, columns)
         writer.writeheader()
         with self._table.open(newline="") as file:
             for row in csv.DictReader(file):
-                is_whole = all(row.get(name) is not None for name in COLUMNS)
+                is_whole = all(row.get(name) is not None for name in columns)
                 if is_whole and int(row["step"]) < step:
                     writer.writerow(row)
         write_atomic(self._table, kept.getvalue())

@@ -43,7 +43,13 @@ class RunConfig:
     """How long a process waits for the others of a run before it gives up. What one alone does
     while the others wait must be done by then: reading rows, packing the base."""
 
+    memory_gib: float | None = None
+    """GiB that each process may count on, of its GPU or of the host, where ``data.batch_size`` or
+    ``model.gradient_checkpointing`` is ``auto``; None: what is free."""
+
     def __post_init__(self) -> None:
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ConfigurationError(f"run.memory_gib: must be above 0, got {self.memory_gib}.")
         if self.timeout_seconds <= 0:
             raise ConfigurationError(
                 f"run.timeout_seconds: must be above 0, got {self.timeout_seconds}."

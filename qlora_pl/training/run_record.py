@@ -7,9 +7,11 @@ holds what a configuration cannot say: versions, hardware, the state of the code
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +40,8 @@ PACKAGES = (
     "tensorboard",
     "jsonargparse",
 )
+ALLOCATOR = "_ALLOC_CONF"
+"""How the variables end that set torch's allocator."""
 
 
 class RunRecord(SaveConfigCallback):
@@ -56,9 +60,23 @@ class RunRecord(SaveConfigCallback):
             while (folder / f"run{suffix}.yaml").exists():
                 number += 1
                 suffix = f"-resumed-{step}-{number}"
-        self.text = self.parser.dump(self.config, skip_unset=False)
-        write_atomic(folder / f"run{suffix}.yaml", self.text)
+        self.path = folder / f"run{suffix}.yaml"
+        self._write()
         write_json(folder / f"environment{suffix}.json", environment())
+
+    def _write(self) -> None:
+        self.text = self.parser.dump(self.config, skip_unset=False)
+        write_atomic(self.path, self.text)
+
+    def settle(self, values: Mapping[str, Any]) -> None:
+        """Have ``run.yaml`` say what ``auto`` came to; on the process that wrote it.
+
+        Args:
+            values: By their dotted keys.
+        """
+        for key, value in values.items():
+            self.config[key] = value
+        self._write()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log hyper-parameters once, with the metrics they led to, for TensorBoard's HParams."""
@@ -105,6 +123,9 @@ def environment() -> dict[str, Any]:
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
         ],
         "cpu_threads": torch.get_num_threads(),
+        "allocator": {
+            name: value for name, value in os.environ.items() if name.endswith(ALLOCATOR)
+        },
         "git": git_state(Path(__file__).parent),
     }
 

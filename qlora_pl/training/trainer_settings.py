@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from qlora_pl.data.batches.largest_batch import AUTO
 from qlora_pl.errors import ConfigurationError
 
 LARGEST_SEED = 2**32 - 1  # numpy's
@@ -70,6 +71,44 @@ def check_trainer(trainer: Any) -> None:
             problems.append(f"trainer.{name}: must be at least 1, or -1 for no limit, got {value}.")
     if problems:
         raise ConfigurationError(problems)
+
+
+def refuse_dependent(run: Any) -> None:
+    """Refuse settings of a parsed run whose meaning would depend on what auto comes to.
+
+    Raises:
+        ConfigurationError: naming each.
+    """
+    if run.data.batch_size != AUTO:
+        return
+    trainer, problems = run.trainer, []
+    if trainer.accumulate_grad_batches is not None:
+        problems.append(contradiction(trainer.accumulate_grad_batches))
+    if run.model.normalize_loss_by == "micro_batches":
+        problems.append(
+            "data.batch_size: auto would change the loss, which model.normalize_loss_by: "
+            "micro_batches makes depend on it; write a number, or normalise by tokens or rows."
+        )
+    keys = ["val_check_interval", "limit_train_batches", "overfit_batches"]
+    of_evaluation = ["limit_val_batches", "num_sanity_val_steps"]
+    for key in keys + (of_evaluation if run.data.eval_batch_size is None else []):
+        value = getattr(trainer, key)
+        if isinstance(value, int) and value > 0:
+            named = "data.eval_batch_size" if key in of_evaluation else "data.batch_size"
+            problems.append(
+                f"trainer.{key}: {value} counts batches, whose size data.batch_size: auto leaves "
+                f"open; write a share such as 0.5, or a number for {named}."
+            )
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def contradiction(accumulation: int) -> str:
+    """What a user is told who sets both halves of what is one choice."""
+    return (
+        f"trainer.accumulate_grad_batches: {accumulation} contradicts data.batch_size: auto, which "
+        "chooses both; remove it, and set data.global_batch_size to the rows of a step."
+    )
 
 
 def refuse_long_interval(trainer: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from qlora_pl.data.batches.largest_batch import AUTO
 from qlora_pl.errors import ConfigurationError
 
 KEY = "data.global_batch_size"
@@ -17,7 +18,8 @@ KEY = "data.global_batch_size"
 def settle_accumulation(data: Any, trainer: Any) -> None:
     """Derive a data module's accumulation and hand it to its trainer, which is to step by it.
 
-    Without ``data.global_batch_size`` the trainer's accumulation stays what it is.
+    Without ``data.global_batch_size`` the trainer's accumulation stays what it is, and while
+    ``data.batch_size`` is ``auto``.
 
     Args:
         data: An ``InstructionDataModule``.
@@ -30,13 +32,16 @@ def settle_accumulation(data: Any, trainer: Any) -> None:
     if data.global_batch_size is None:
         return
     world_size = 1 if trainer is None else trainer.world_size
+    if data.asked_batch_size == AUTO and trainer is not None:  # not settled yet
+        accumulation_of(data.global_batch_size, 1, world_size)
+        return
     batch_size = None if data.tokens_per_batch else data.batch_size
     unit = "packs" if data.packing is True else "rows"
     accumulation = accumulation_of(data.global_batch_size, batch_size, world_size, unit)
     if trainer is None:
         data.accumulation = accumulation
         return
-    chosen = _chosen_accumulation(trainer)
+    chosen = chosen_accumulation(trainer)
     if chosen not in (None, accumulation):
         raise ConfigurationError(
             f"trainer.accumulate_grad_batches: {chosen} contradicts {KEY} "
@@ -79,7 +84,7 @@ def accumulation_of(
     )
 
 
-def _chosen_accumulation(trainer: Any) -> int | None:
+def chosen_accumulation(trainer: Any) -> int | None:
     """What somebody asked for; Lightning's own trainer cannot tell 1 from its default."""
     if hasattr(trainer, "chosen_accumulation"):
         chosen: int | None = trainer.chosen_accumulation

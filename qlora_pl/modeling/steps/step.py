@@ -182,6 +182,29 @@ def refuse_other_sums(trainer: Any) -> None:
         )
 
 
+def refuse_unsettled(module: Any) -> None:
+    """What is ``auto`` must have been settled before a model is loaded for training.
+
+    Args:
+        module: A ``QLoRAModule`` with its trainer.
+
+    Raises:
+        ConfigurationError: if the trainer has no callback that does so.
+    """
+    data, is_fit = getattr(module.trainer, "datamodule", None), module.trainer.state.fn == "fit"
+    asked = {
+        "data.batch_size": getattr(data, "asked_batch_size", None),
+        "model.gradient_checkpointing": module.gradient_checkpointing,
+    }
+    if problems := [
+        f"{key}: auto is settled by the callback AutoBatch, which this trainer has not; add it, or "
+        "write a value."
+        for key, value in asked.items()
+        if is_fit and value == "auto"
+    ]:
+        raise ConfigurationError(problems)
+
+
 def stop_if_diverged(
     step: StepStatistics, micro_batches: Sequence[MicroBatch], trainer: Any
 ) -> None:
