@@ -140,12 +140,23 @@ MAY_USE: dict[str, set[str]] = {
     "inspection.policies": {"numpy", "tqdm"},
     "inspection.command": set(),
     "planning": set(),
+    "benching": {"torch", "numpy", "lightning"},
+    "benching.synthetic": {"torch", "transformers", "bitsandbytes", "tqdm"},
+    "benching.device_speed": {"torch", "bitsandbytes"},
+    "benching.peers": {"torch", "transformers", "peft", "datasets"},
+    "benching.worker": {"numpy", "transformers", "tokenizers"},
+    "benching.command": set(),
+    "benching.against": set(),
+    "benching.settings": set(),
+    "benching.shapes": set(),
+    "benching.report": set(),
     "proof": set(),
     "proof.comparison": {"torch", "safetensors"},
     "proof.verdict": {"torch"},
 }
 LAYERS: dict[str, set[str]] = {
     "__main__": {
+        "benching",
         "cli",
         "chat",
         "exporting",
@@ -187,6 +198,18 @@ LAYERS: dict[str, set[str]] = {
     },
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
     "planning": {"planning", "modeling", "errors"},
+    "benching": {
+        "benching",
+        "cli",
+        "training",
+        "inference",
+        "modeling",
+        "data",
+        "planning",
+        "errors",
+        "batch",
+        "files",
+    },
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
 }
 
