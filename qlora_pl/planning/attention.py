@@ -37,13 +37,19 @@ def kernel(shape: ModelShape, setting: TrainingSetting) -> str:
 
 def has_mask(shape: ModelShape, setting: TrainingSetting) -> bool:
     """Whether the kernel is given a mask, which no kernel of linear memory takes."""
-    is_alibi = bool(shape.fields.get("alibi")) or shape.model_type == "bloom"
-    always = kernel(shape, setting) == "eager" or is_alibi or shape.model_type in ("falcon", "t5")
-    return always or setting.has_mask or setting.is_packed
+    if kernel(shape, setting) == "eager" or shape.is_t5 or shape.model_type in ("bloom", "falcon"):
+        return True  # these are always given one
+    return setting.has_mask or setting.is_packed
 
 
 def attend(
-    tape: Tape, shape: ModelShape, rows: Rows, q: Value, k: Value, v: Value, is_float_mask: bool
+    tape: Tape,
+    shape: ModelShape,
+    rows: Rows,
+    q: Value,
+    k: Value,
+    v: Value,
+    is_float_mask: bool = False,
 ) -> Value:
     """Attention itself, from queries, keys and values with their positions to its output.
 
@@ -71,20 +77,25 @@ def _repeated(tape: Tape, shape: ModelShape, rows: Rows, x: Value) -> Value:
 def _fused(
     tape: Tape, shape: ModelShape, rows: Rows, q: Value, k: Value, v: Value, is_float_mask: bool
 ) -> Value:
+    if not (q.has_grad or k.has_grad or v.has_grad):
+        return tape.new(rows.tokens * shape.queries_size, None, False)
     is_masked = has_mask(shape, tape.setting)
     if is_masked:
         k, v = _repeated(tape, shape, rows, k), _repeated(tape, shape, rows, v)
     out = tape.new(rows.tokens * shape.queries_size)
     sums = tape.new(rows.tokens * shape.num_heads, FLOAT)
-    tape.keep(q, k, v, out, sums)
+    tape.keep(tape.cast(q), tape.cast(k), tape.cast(v), out, sums)
     if is_masked and not is_float_mask:  # the kernel makes numbers of booleans, in each layer
-        tape.keep(tape.new(rows.number * rows.length * rows.keys))
+        heads = shape.num_heads if shape.is_t5 else 1  # with T5's biases of positions
+        tape.keep(tape.new(heads * rows.number * rows.length * rows.keys))
     return out
 
 
 def _eager(tape: Tape, shape: ModelShape, rows: Rows, q: Value, k: Value, v: Value) -> Value:
+    if not (q.has_grad or k.has_grad or v.has_grad):
+        return tape.new(rows.tokens * shape.queries_size, None, False)
     k, v = _repeated(tape, shape, rows, k), _repeated(tape, shape, rows, v)
-    tape.keep(q, k)
+    tape.keep(tape.cast(q), tape.cast(k))
     pairs = rows.number * shape.num_heads * rows.length * rows.keys
     if shape.fields.get("attn_logit_softcapping"):
         tape.keep(tape.new(pairs))  # tanh
@@ -93,7 +104,12 @@ def _eager(tape: Tape, shape: ModelShape, rows: Rows, q: Value, k: Value, v: Val
     tape.keep(probabilities)
     if probabilities.item != tape.item:
         probabilities = tape.new(pairs)
-    rate = float(shape.fields.get("attn_pdrop") or shape.fields.get("attention_dropout") or 0)
-    probabilities = tape.dropout(probabilities, rate)
-    tape.keep(probabilities, v)
+    probabilities = tape.dropout(probabilities, dropout_rate(shape))
+    tape.keep(probabilities, tape.cast(v))
     return tape.new(rows.tokens * shape.queries_size)
+
+
+def dropout_rate(shape: ModelShape) -> float:
+    """The base's own dropout of probabilities."""
+    names = ("attn_pdrop", "attention_dropout", "dropout_rate")
+    return float(next((shape.fields[n] for n in names if shape.fields.get(n)), 0))

@@ -190,7 +190,7 @@ def _moments(
     """The moments at which memory can be fullest, of a step's last micro-batch."""
     again = setting.gradient_checkpointing
     kept = acts.kept(again) - acts.logits
-    layer = acts.layer if again else 0
+    layer = max(acts.layers) if again else 0
     # Gradients of a micro-batch are made beside those that its step has already.
     is_apart = setting.num_micro_batches > 1 and setting.splits_on_oom and not setting.is_shared
     before = trained.weights if setting.num_micro_batches > 1 else 0
@@ -198,15 +198,15 @@ def _moments(
         before = 0
     new = trained.weights if is_apart or not before else 0
     new = 0 if setting.strategy == "fsdp2_offload" else new
-    left = acts.kept(again) - acts.logits - (acts.checkpoints if again else acts.all_layers)
-    last = acts.checkpoint if again else acts.first_layer
+    left = acts.shared + (acts.held_masks if again else 0)
+    left += acts.inputs[0] + acts.layers[0] if again else acts.layers[0]
     return {
         "the loss": resident
         | {"gradients": before, "activations": kept, "logits_and_loss": acts.logits_peak},
         "the last layer's backward": resident
         | {"gradients": before, "activations": kept + layer + acts.working},
         "the first layer's backward": resident
-        | {"gradients": before + new, "activations": left + last + layer + acts.working},
+        | {"gradients": before + new, "activations": left + acts.working},
         "the optimizer's step": resident
         | {"gradients": resident["gradients"], "dequantization": 0},
     }

@@ -69,6 +69,11 @@ class ModelShape:
         """Width of all keys, or all values, together."""
         return self.num_kv_heads * self.head_size
 
+    @property
+    def is_t5(self) -> bool:
+        """Whether it is of T5's family, with an encoder and a decoder."""
+        return self.model_type in ("t5", "mt5")
+
     def with_roles(self, *roles: Role) -> tuple[ParameterShape, ...]:
         """The parameters of some roles."""
         return tuple(p for p in self.parameters if p.role in roles)

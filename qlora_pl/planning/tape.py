@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qlora_pl.planning.parameters import ParameterShape
 from qlora_pl.planning.training_setting import ITEM_SIZES, TrainingSetting
 
 FLOAT = 4
@@ -40,8 +41,12 @@ class Tape:
         self.setting = setting
         self.ranks = ranks
         self.item = ITEM_SIZES[setting.compute_dtype]
+        """Bytes of a value of the products."""
+        self.stream = ITEM_SIZES[setting.rest_dtype]
+        """Bytes of a value of the sums between layers, which have the embedding's type."""
         self.kept: dict[int, int] = {}
         """Bytes by storage."""
+        self._elsewhere: set[int] = set()
         self._num_storages = 0
 
     @property
@@ -62,7 +67,17 @@ class Tape:
     def keep(self, *values: Value) -> None:
         """Note that the backward pass needs these."""
         for value in values:
-            self.kept[value.storage] = value.size * value.item
+            if value.storage not in self._elsewhere:
+                self.kept[value.storage] = value.size * value.item
+
+    def counted_elsewhere(self, value: Value) -> Value:
+        """Leave a storage out, which several layers share."""
+        self._elsewhere.add(value.storage)
+        return value
+
+    def cast(self, x: Value) -> Value:
+        """The input of a product: a copy in the products' type, where autocast has to make one."""
+        return x if x.item == self.item else self.new(x.size, self.item, x.has_grad)
 
     # -- operations ------------------------------------------------------------------------------
 
@@ -76,7 +91,8 @@ class Tape:
             self.keep(b)
         if b.has_grad:
             self.keep(a)
-        return self.like(a, b)
+        wider = max(a.item, b.item)
+        return self.new(a.size, wider, a.has_grad or b.has_grad)
 
     def dropout(self, x: Value, rate: float) -> Value:
         """A mask of bytes on a GPU; on a CPU, factors of the input's type."""
@@ -104,6 +120,14 @@ class Tape:
             self.keep(self.new(x.size, FLOAT if adds_one else x.item))
         return self.new(x.size, x.item, x.has_grad or not self.setting.has_adapters)
 
+    def t5_norm(self, x: Value, width: int) -> Value:
+        """T5's: only the squares are in float32, and the sum itself is a factor."""
+        if x.has_grad:
+            self.keep(x, self.in_float(x), self.new(x.size // width, FLOAT))
+        if not self.setting.has_adapters:
+            self.keep(self.new(x.size, x.item))
+        return self.new(x.size, x.item, x.has_grad or not self.setting.has_adapters)
+
     def layer_norm(self, x: Value, width: int) -> Value:
         """Its input, and mean and deviation of each row."""
         has_grad = x.has_grad or not self.setting.has_adapters
@@ -113,6 +137,8 @@ class Tape:
 
     def activation(self, kind: str, x: Value) -> Value:
         """The function within an MLP."""
+        if not x.has_grad:
+            return self.like(x)
         if kind == "gelu_new":  # 0.5 x (1 + tanh(...)), operation by operation
             self.keep(x, *(self.like(x) for _ in range(3)))  # tanh, 1 + tanh, 0.5 x
             return self.like(x)
@@ -120,31 +146,52 @@ class Tape:
         self.keep(out if kind == "relu" else x)
         return out
 
-    def linear(self, module: str, x: Value, inputs: int, outputs: int) -> Value:
-        """A product with a frozen matrix, which keeps nothing of its input, and with its adapters.
+    def linear(self, matrix: ParameterShape, x: Value) -> Value:
+        """A product with a matrix, frozen or trained, and with its adapters.
+
+        A frozen matrix needs nothing of its input, whether it is packed or not; but LLM.int8 keeps
+        it all the same.
 
         Args:
-            module: Its name, with ``*`` for the layer.
+            matrix: Its sizes and its name.
             x: ``(tokens, inputs)``.
-            inputs: Of the matrix.
-            outputs: Of the matrix.
         """
-        tokens = x.size // inputs
-        if not self.setting.has_adapters:
+        setting, tokens = self.setting, x.size // matrix.inputs
+        out = tokens * matrix.outputs
+        if not setting.has_adapters:
+            given = self.cast(x)
+            self.keep(given)
+            if x.has_grad and setting.uses_autocast:
+                self.keep(self.new(matrix.size))  # the matrix in the products' type
+            return self.new(out)
+        # packed layers answer in their input's type, others in that of the products
+        item = x.item if setting.is_quantized else self.item
+        if setting.quant_type == "int8" and x.has_grad:
             self.keep(x)
-            return self.new(tokens * outputs)
-        rank = self.ranks.get(module)
+        rank = self.ranks.get(matrix.module)
         if rank is None:
-            return self.new(tokens * outputs, None, x.has_grad)
-        self._adapters(x, rank, tokens, inputs, outputs)
-        return self.new(tokens * outputs)
+            return self.new(out, item, x.has_grad)
+        dropped = self._adapters(matrix, x, rank, tokens)
+        if setting.method == "dora":
+            self._dora(matrix, dropped, tokens)
+        return self.new(out, item)
 
-    def _adapters(self, x: Value, rank: int, tokens: int, inputs: int, outputs: int) -> None:
-        is_cast = ITEM_SIZES[self.setting.adapter_dtype] != x.item
+    def _adapters(self, matrix: ParameterShape, x: Value, rank: int, tokens: int) -> Value:
+        is_cast = self.setting.adapter_dtype != self.setting.compute_dtype
         dropped = self.dropout(x, self.setting.dropout)
-        self.keep(dropped)  # for the gradient of A
-        self.keep(self.new(tokens * rank, x.item))  # for that of B
+        self.keep(self.cast(dropped))  # for the gradient of A
+        self.keep(self.new(tokens * rank))  # for that of B
         if is_cast:
             if x.has_grad:
-                self.keep(self.new(rank * inputs, x.item))  # a copy of A in the input's type
-            self.keep(self.new(outputs * rank, x.item))
+                self.keep(self.new(rank * matrix.inputs))  # a copy of A in the products' type
+            self.keep(self.new(matrix.outputs * rank))
+        return dropped
+
+    def _dora(self, matrix: ParameterShape, dropped: Value, tokens: int) -> None:
+        """Lengths of rows, the base's output and the adapters', each a factor of another."""
+        out = tokens * matrix.outputs
+        own = ITEM_SIZES[self.setting.adapter_dtype]
+        self.keep(*(self.new(matrix.outputs, own) for _ in range(3)))  # |W + BA|, s - 1, s
+        self.keep(self.new(out), self.new(out))
+        if self.setting.dropout and self.setting.is_quantized and dropped.has_grad:
+            self.keep(self.new(matrix.size))  # multiplied by once more, as plain numbers

@@ -122,6 +122,12 @@ class TrainingSetting:
         return "float32" if is_wide else self.compute_dtype
 
     @property
+    def uses_autocast(self) -> bool:
+        """Whether products cast their inputs: in float16, and over float32 weights all trained."""
+        is_mixed = not self.has_adapters and self.compute_dtype != self.adapter_dtype
+        return self.compute_dtype == "float16" or is_mixed
+
+    @property
     def is_shared(self) -> bool:
         """Whether devices hold parts of the model."""
         return self.strategy.startswith("fsdp2")
