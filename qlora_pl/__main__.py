@@ -153,7 +153,6 @@ def run_bench() -> int:
     """Hand over to ``bench``, which trains a few steps and measures them."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own words
     # Both sides of a comparison, and any run whose memory is measured: fewer holes in it.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     quieten()

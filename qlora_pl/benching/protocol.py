@@ -58,6 +58,8 @@ class Measurement:
             "steps": 2,
             "profiled": 1,
         }
+        if "against-accumulation" in flags:
+            flags["against-accumulation"] = 2
         return _words({name: value for name, value in flags.items() if name != "memory-limit"})
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,15 +101,30 @@ class StepTimer(Callback):
         module.training_step = marked
         self._marked = module
         self._profiler = torch.profiler.profile(activities=activities)
-        self._profiler.__enter__()
+        with _without_words():
+            self._profiler.__enter__()
         self._profile_began = time.perf_counter()
 
     def _end_profile(self, trainer: Trainer) -> None:
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._profile_began
-        self._profiler.__exit__(None, None, None)
+        with _without_words():
+            self._profiler.__exit__(None, None, None)
         del self._marked.training_step  # the class's own again
         is_cuda = trainer.strategy.root_device.type == "cuda"
         self.parts = time_by_part(self._profiler.events(), seconds, self.timing.profiled, is_cuda)
         self._profiler = None
+
+
+@contextmanager
+def _without_words() -> Iterator[None]:
+    """Within the block nothing reaches standard error: the profiler's library notes its start."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

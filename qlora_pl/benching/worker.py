@@ -26,6 +26,7 @@ from qlora_pl.benching.shapes import shape_named
 from qlora_pl.benching.surroundings import describe_surroundings
 from qlora_pl.benching.synthetic import draw_base, write_config
 from qlora_pl.data.rows.encoded_rows import EncodedRows
+from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.module import QLoRAModule
 
@@ -35,7 +36,7 @@ def work(backend: str, folder: Path) -> int:
     spec = json.loads((folder / "spec.json").read_text())
     workload, timing = Workload(**spec["workload"]), Timing(**spec["timing"])
     if backend == "prepare":
-        result: dict[str, Any] = prepare(folder, workload, timing)
+        result: dict[str, Any] = prepare(folder, workload, timing, spec["accumulation"])
     elif backend == "qlora_pl":
         result = measure_own(folder, workload, timing)
     else:
@@ -44,11 +45,16 @@ def work(backend: str, folder: Path) -> int:
     return 0
 
 
-def prepare(folder: Path, workload: Workload, timing: Timing) -> dict[str, Any]:
+def prepare(
+    folder: Path, workload: Workload, timing: Timing, accumulation: int = 1
+) -> dict[str, Any]:
     """Write a base that every program loads as it is, and the rows of every step.
 
     ``base/``: packed safetensors in transformers' format. ``rows.npz``: tokens. ``steps.json``: the
     rows of each step, by micro-batch and line.
+
+    Raises:
+        ConfigurationError: if the other program could not cut every step as it is asked to.
     """
     device = chosen_device(workload)
     empty = write_config(folder / "shape", shape_named(workload.shape))
@@ -74,6 +80,12 @@ def prepare(folder: Path, workload: Workload, timing: Timing) -> dict[str, Any]:
     for position in range(num_steps * workload.accumulation):
         key = batches.key_at(0, position)
         steps[key.step].append([unit.tolist() for unit in batches.rows_of(key)])
+    fewest = min(sum(len(line) for batch in step for line in batch) for step in steps)
+    if fewest < accumulation:
+        raise ConfigurationError(
+            f"--against-accumulation: a step of {fewest} rows cannot be cut into {accumulation} "
+            "micro-batches; lower it, or raise --tokens-per-micro."
+        )
     (folder / "steps.json").write_text(json.dumps(steps))
     return {"vocabulary": vocabulary}
 

@@ -234,12 +234,15 @@ def test_transformers_trains_on_the_same_rows_to_the_same_losses(
 
 @pytest.mark.slow
 def test_a_step_can_be_cut_otherwise_for_the_other_program(bench: Bench, tiny_base: Path) -> None:
-    words = ("--shape", tiny_base, *SMALL, "--warmup", 1, "--steps", 1, "--lengths", "alpaca")
+    words = ("--shape", tiny_base, "--tokens-per-micro", 512, "--seq", 64, "--r", 8)
+    words += ("--warmup", 1, "--steps", 1, "--lengths", "alpaca")
     code, out, err = bench(*words, "--against", "hf", "--against-accumulation", 3, "--json")
     assert code == 0, err
     record = json.loads(out)
     assert record["their_micro_batches"] == 3
     assert record["losses_agree"]
+    err = refused(bench(*words, "--against", "hf", "--against-accumulation", 500))
+    assert "cannot be cut into 500 micro-batches" in err
 
 
 @pytest.mark.slow

@@ -138,7 +138,7 @@ def test_the_time_of_drawing_is_told_by_a_small_piece(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("width", "layers"),
-    [(512, (2, 8)), pytest.param(1024, (4, 16), marks=pytest.mark.slow)],
+    [(512, (2, 16)), pytest.param(1024, (4, 24), marks=pytest.mark.slow)],
     ids=str,
 )
 def test_memory_above_the_packed_size_does_not_grow_with_the_layers(
@@ -146,7 +146,7 @@ def test_memory_above_the_packed_size_does_not_grow_with_the_layers(
 ) -> None:
     """Each matrix is let go before the next is drawn.
 
-    Were they kept in 16 bits, the larger model would take 36 MB more at width 512, 300 at 1024.
+    Were they kept in 16 bits, the larger model would take 73 MB more at width 512, 420 at 1024.
     """
     shape = {
         "model_type": "llama",
@@ -175,4 +175,4 @@ def test_memory_above_the_packed_size_does_not_grow_with_the_layers(
         print(number, "layers:", most, held, packed)
         assert held < 1.25 * packed + 2**22
         del base
-    assert above[1] - above[0] < 10e6 * (width / 512) ** 2
+    assert above[1] - above[0] < 30e6 * (width / 512) ** 2
