@@ -29,6 +29,7 @@ OTHER_COMMANDS = {
     "serve": "Answer HTTP requests in OpenAI's format with an adapter, or a model alone.",
     "merge": "Put an adapter into its base, and measure what that changes.",
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
+    "plan": "Say what a run takes of a GPU's memory, how long and at what price, without a GPU.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
     "bench": "Measure speed, memory and time by part, of a run or of a known shape.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
@@ -81,6 +82,8 @@ def main() -> int:
     try:
         if command in TRAINER_COMMANDS:
             return run_trainer_command()
+        if command == "plan":
+            return run_plan()
         if command in ("generate", "chat", "serve", "merge", "export"):
             return run_with_adapter(command)
         if command == "bench":
@@ -159,6 +162,15 @@ def run_bench() -> int:
     from qlora_pl.benching.command import bench_command
 
     return bench_command(sys.argv[2:])
+
+
+def run_plan() -> int:
+    """Hand over to ``plan``, which imports the parser of runs only for a training file."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten()
+    from qlora_pl.planning.command import plan_command
+
+    return plan_command(sys.argv[2:])
 
 
 def run_prove_resume() -> int:

@@ -85,6 +85,7 @@ HEAVY = {
     "uvicorn",
     "tqdm",
     "gradio",
+    "matplotlib",
 }
 MAY_USE: dict[str, set[str]] = {
     "__main__": set(),
@@ -151,6 +152,9 @@ MAY_USE: dict[str, set[str]] = {
     "benching.settings": set(),
     "benching.shapes": set(),
     "benching.report": set(),
+    "planning.local_files": {"huggingface_hub"},
+    "planning.pictures": {"matplotlib"},
+    "planning.run_rows": {"numpy"},
     "proof": set(),
     "proof.comparison": {"torch", "safetensors"},
     "proof.verdict": {"torch"},
@@ -164,6 +168,7 @@ LAYERS: dict[str, set[str]] = {
         "inference",
         "inspection",
         "merging",
+        "planning",
         "proof",
         "serving",
         "errors",
@@ -198,7 +203,7 @@ LAYERS: dict[str, set[str]] = {
         "redaction",
     },
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
-    "planning": {"planning", "modeling", "errors"},
+    "planning": {"planning", "cli", "data", "inference", "modeling", "errors"},
     "benching": {
         "benching",
         "cli",

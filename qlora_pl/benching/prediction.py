@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from qlora_pl.benching.settings import Workload
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.base.quantization import resolve_compute_dtype
+from qlora_pl.planning.cards import CARDS, Card
 from qlora_pl.planning.memory import MemoryPlan, plan_memory
 from qlora_pl.planning.settings import setting_of
 from qlora_pl.planning.shapes import is_known_family, shape_from_config, shape_of_skeleton
@@ -108,5 +110,23 @@ def _name_of(compute_dtype: Any, device: torch.device) -> Any:
 
 
 def sheet_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of dense products that a GPU's maker promises; None: the card is not known."""
+    """FLOP/s of 16-bit products that a GPU's maker promises; None: the card is not known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    card = card_of_device(torch.cuda.get_device_name(device))
+    return None if card is None else card.flops
+
+
+def card_of_device(name: str) -> Card | None:
+    """The card that a driver calls so; None: another, or a variant with other rates.
+
+    Drivers write ``NVIDIA A100-SXM4-80GB`` or ``NVIDIA GeForce RTX 4090``. An H100 on a PCIe board,
+    or an RTX 3060 Ti, is slower than the card of the table.
+    """
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    plain = re.sub(r"^(nvidia)?(geforce|tesla|quadro)?", "", plain)
+    for card in CARDS:
+        own = re.sub(r"[^a-z0-9]", "", card.name.lower().partition("-")[0])
+        if re.fullmatch(rf"(rtx)?{own}(sxm\d?|hbm\d?|\d+gb)*", plain):
+            return card
     return None

@@ -18,6 +18,7 @@ from qlora_pl.benching.figures import (
     throughput,
     utilisation,
 )
+from qlora_pl.benching.prediction import card_of_device
 from qlora_pl.benching.settings import Timing, Workload
 from qlora_pl.modeling.compute import ComputeCost
 
@@ -65,6 +66,28 @@ def test_hfu_counts_padding_and_recomputation_and_mfu_neither() -> None:
 def test_a_first_loss_far_from_guessing_is_a_problem(loss: float) -> None:
     assert loss_problem(math.log(512) + 0.2, 512) is None
     assert "does not compute" in str(loss_problem(loss, 512))
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100-40GB"),  # both sizes have the same rate
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-32GB", "V100-16GB"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 3060 Ti", None),
+        ("NVIDIA L4", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_a_card_is_known_by_what_its_driver_calls_it(name: str, card: str | None) -> None:
+    found = card_of_device(name)
+    assert (None if found is None else found.name) == card
 
 
 def test_the_clock_leaves_warm_up_and_profiled_steps_out() -> None:
