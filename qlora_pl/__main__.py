@@ -33,6 +33,7 @@ OTHER_COMMANDS = {
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
     "plan": "Say what a run takes of a GPU's memory, how long and at what price, without a GPU.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
+    "bench": "Measure speed, memory and time by part, of a run or of a known shape.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
@@ -90,6 +91,8 @@ def main() -> int:
             return run_plan()
         if command in ("generate", "chat", "serve", "merge", "export"):
             return run_with_adapter(command)
+        if command == "bench":
+            return run_bench()
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
         fail(str(error))
@@ -172,6 +175,18 @@ def run_inspect() -> int:
     from qlora_pl.inspection.command import inspect
 
     return inspect(sys.argv[2:])
+
+
+def run_bench() -> int:
+    """Hand over to ``bench``, which trains a few steps and measures them."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Both sides of a comparison, and any run whose memory is measured: fewer holes in it.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    quieten()
+    from qlora_pl.benching.command import bench_command
+
+    return bench_command(sys.argv[2:])
 
 
 def run_plan() -> int:

@@ -143,6 +143,16 @@ MAY_USE: dict[str, set[str]] = {
     "inspection.policies": {"numpy", "tqdm"},
     "inspection.command": set(),
     "planning": set(),
+    "benching": {"torch", "numpy", "lightning"},
+    "benching.synthetic": {"torch", "transformers", "bitsandbytes", "tqdm"},
+    "benching.device_speed": {"torch", "bitsandbytes"},
+    "benching.peers": {"torch", "transformers", "peft", "datasets"},
+    "benching.worker": {"numpy", "transformers", "tokenizers"},
+    "benching.command": set(),
+    "benching.against": set(),
+    "benching.settings": set(),
+    "benching.shapes": set(),
+    "benching.report": set(),
     "planning.local_files": {"huggingface_hub"},
     "planning.pictures": {"matplotlib"},
     "planning.run_rows": {"numpy"},
@@ -152,6 +162,7 @@ MAY_USE: dict[str, set[str]] = {
 }
 LAYERS: dict[str, set[str]] = {
     "__main__": {
+        "benching",
         "cli",
         "chat",
         "exporting",
@@ -204,6 +215,18 @@ LAYERS: dict[str, set[str]] = {
     "inspection": {"inspection", "cli", "data", "errors", "batch", "files", "__init__"},
     "planning": {"planning", "cli", "data", "inference", "modeling", "errors"},
     "proof": {"proof", "cli", "training", "data", "errors", "files", "redaction"},
+    "benching": {
+        "benching",
+        "cli",
+        "training",
+        "inference",
+        "modeling",
+        "data",
+        "planning",
+        "errors",
+        "batch",
+        "files",
+    },
 }
 
 

@@ -164,9 +164,13 @@ class QLoRAModule(LightningModule):
 
     # -- loading ---------------------------------------------------------------------------------
 
+    def identify(self) -> BaseIdentity:
+        """Find and fingerprint the base."""
+        return identify_base(self.model_name_or_path, self.revision, self.cache_dir)
+
     def prepare_data(self) -> None:
         """Fetch and fingerprint the base, once a machine."""
-        identify_base(self.model_name_or_path, self.revision, self.cache_dir)
+        self.identify()
 
     def setup(self, stage: str) -> None:
         """Check everything that the base's configuration can show, before weights are loaded."""
@@ -174,7 +178,7 @@ class QLoRAModule(LightningModule):
         refuse_unsettled(self)
         if self.model is not None:
             return
-        self.identity = identify_base(self.model_name_or_path, self.revision, self.cache_dir)
+        self.identity = self.identify()
         skeleton = build_skeleton(
             self.identity.folder, self.attn_implementation, self.trust_remote_code
         )

@@ -55,7 +55,8 @@ def _load_in_turn(module: Any) -> LoadedBase:
     is_first = getattr(strategy, "local_rank", 0) == 0
     if not is_first:
         strategy.barrier()
-    base = load_base(
+    make_base = getattr(module, "make_base", load_base)  # a base that is drawn, not read
+    base: LoadedBase = make_base(
         module.identity,
         module.quantization,
         module.plan,

@@ -54,7 +54,9 @@ class LoadedBase:
     """Of the matrix products."""
     unquantized_dtype: torch.dtype
     """What the rest (norms, embeddings, head) is kept in."""
-    source: Literal["quantised now", "read from the cache", "quantised already", "unquantised"]
+    source: Literal[
+        "quantised now", "read from the cache", "quantised already", "unquantised", "drawn"
+    ]
     """Where its weights come from."""
 
     @property

@@ -1,0 +1,1 @@
+"""Speed and memory of training, measured: of a user's run, or of a shape with random weights."""
