@@ -30,6 +30,7 @@ OTHER_COMMANDS = {
     "merge": "Put an adapter into its base, and measure what that changes.",
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
+    "smoke": "Try a run, shrunken, on the CPU: what would fail later fails now.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
@@ -82,6 +83,8 @@ def main() -> int:
             return run_trainer_command()
         if command in ("generate", "chat", "serve", "merge", "export"):
             return run_with_adapter(command)
+        if command == "smoke":
+            return run_smoke()
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
         fail(str(error))
@@ -144,6 +147,16 @@ def run_inspect() -> int:
     from qlora_pl.inspection.command import inspect
 
     return inspect(sys.argv[2:])
+
+
+def run_smoke() -> int:
+    """Hand over to ``smoke``, which starts ``fit`` and others in processes of their own."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten()
+    from qlora_pl.smoke.command import smoke
+
+    return smoke(sys.argv[2:])
 
 
 def run_prove_resume() -> int:
