@@ -145,6 +145,7 @@ MAY_USE: dict[str, set[str]] = {
     "smoke.stand_in_tokenizer": {"tokenizers", "transformers"},
     "smoke.worker": {"torch"},
     "smoke.plain_reload": {"torch", "transformers", "peft"},
+    "planning": set(),
     "proof": set(),
     "proof.comparison": {"torch", "safetensors"},
     "proof.verdict": {"torch"},
@@ -206,6 +207,7 @@ LAYERS: dict[str, set[str]] = {
         "errors",
         "redaction",
     },
+    "planning": {"planning", "modeling", "errors"},
     "proof": {"proof", "cli", "training", "errors", "files", "redaction"},
 }
 

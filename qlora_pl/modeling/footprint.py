@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlora_pl.modeling.adapters.lora import LoRAConfig, by_module, resolve_targets
+from qlora_pl.modeling.adapters.lora import LoRAConfig, resolve_targets
+from qlora_pl.modeling.base.names import by_module
 from qlora_pl.modeling.base.quantization import QuantizationConfig, packed_bytes
 from qlora_pl.modeling.base.quantization_plan import plan_quantization
 from qlora_pl.modeling.base.structure import is_conv1d, linear_names

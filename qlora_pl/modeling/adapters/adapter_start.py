@@ -15,8 +15,9 @@ from torch import nn
 
 from qlora_pl.errors import AdapterFolderError, ConfigurationError
 from qlora_pl.modeling.adapters.eva import start_at_activations
-from qlora_pl.modeling.adapters.lora import LoRAConfig, by_module
+from qlora_pl.modeling.adapters.lora import LoRAConfig
 from qlora_pl.modeling.base.identity import BaseIdentity
+from qlora_pl.modeling.base.names import by_module
 from qlora_pl.modeling.folders.adapter_folder import read_adapter_folder
 from qlora_pl.modeling.folders.peft_folder import (
     locate_adapter,

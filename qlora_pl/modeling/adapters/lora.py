@@ -23,7 +23,8 @@ from qlora_pl.modeling.adapters.dora import keep_magnitude_in
 from qlora_pl.modeling.adapters.late_start import LateStarts
 from qlora_pl.modeling.adapters.trained_biases import keep_trained_biases_in
 from qlora_pl.modeling.base.encoder_decoder import is_encoder_decoder
-from qlora_pl.modeling.base.structure import full_match, head_name, linear_names, matches
+from qlora_pl.modeling.base.names import PATTERN, by_module, fits, full_match, matches
+from qlora_pl.modeling.base.structure import head_name, linear_names
 
 ALL_LINEAR = "all-linear"
 
@@ -122,10 +123,6 @@ BASE_CHANGING = {
     "corda": "moves directions of the base into the adapter and leaves a changed base",
     "loftq": "needs another quantised base than the one that was made",
 }
-
-
-PATTERN = r"(.*\.)?({})$"
-"""What PEFT makes of a pattern: the whole name of a module, or the end of it after a dot."""
 
 
 def _no_expression(key: str, pattern: str, form: str = "{}") -> list[str]:
@@ -240,7 +237,7 @@ def refuse_unfit_ranks(model: nn.Module, config: LoRAConfig, targets: list[str])
         ("alpha_pattern", config.alpha_pattern),
     ):
         for name in pattern:
-            if not any(_fits(name, target) for target in targets):
+            if not any(fits(name, target) for target in targets):
                 raise ConfigurationError(
                     f"model.lora.{key}: no adapted module matches '{name}'"
                     f"{did_you_mean(name, _last_parts(targets))}"
@@ -257,21 +254,9 @@ def refuse_unfit_ranks(model: nn.Module, config: LoRAConfig, targets: list[str])
             )
 
 
-def by_module(pattern: Mapping[str, Any], targets: list[str], default: Any) -> dict[str, Any]:
-    """What each module gets: the value of the first pattern that fits its name, as in PEFT."""
-    return {
-        target: next((value for name, value in pattern.items() if _fits(name, target)), default)
-        for target in targets
-    }
-
-
-def _fits(pattern: str, name: str) -> bool:
-    return re.match(PATTERN.format(pattern), name) is not None
-
-
 def _in_any_order(pattern: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
     """The same with one entry a module where several fit: PEFT sorts entries when it saves them."""
-    if all(sum(_fits(name, target) for name in pattern) <= 1 for target in targets):
+    if all(sum(fits(name, target) for name in pattern) <= 1 for target in targets):
         return dict(pattern)
     chosen = by_module(pattern, targets, None)
     return {target: value for target, value in chosen.items() if value is not None}

@@ -14,6 +14,7 @@ from torch import nn
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.base.identity import safetensors_header, weight_files
+from qlora_pl.modeling.base.names import matches
 from qlora_pl.modeling.base.quantization import (
     COMPUTE_DTYPES,
     INT8_OUTLIER_THRESHOLD,
@@ -26,7 +27,7 @@ from qlora_pl.modeling.base.quantization_plan import (
     refuse_unmatched,
     replaced_classes,
 )
-from qlora_pl.modeling.base.structure import head_name, matches, matrices
+from qlora_pl.modeling.base.structure import head_name, matrices
 
 STATE = ".quant_state.bitsandbytes__"
 """bitsandbytes keeps a 4-bit weight's kind and block size in a tensor of this name."""

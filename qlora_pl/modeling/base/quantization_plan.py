@@ -18,13 +18,13 @@ from torch import nn
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.base.encoder_decoder import auto_class, refuse_unknown_start
 from qlora_pl.modeling.base.identity import refuse_code_from_elsewhere
+from qlora_pl.modeling.base.names import matches
 from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.base.structure import (
     Role,
     head_name,
     is_conv1d,
     is_plain_product,
-    matches,
     matrices,
 )
 

@@ -8,7 +8,6 @@ passed over. Structure rather than a list of families decides, so that the next 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -126,14 +125,3 @@ def _is_product_of(linear: Any, scale: float) -> bool:
 def linear_names(model: nn.Module) -> list[str]:
     """The modules that ``all-linear`` means: every linear but the head and routers."""
     return [name.rpartition(".")[0] for name, _, role in matrices(model) if role == "linear"]
-
-
-def matches(name: str, listed: tuple[str, ...] | list[str]) -> bool:
-    """Whether a module's name, or the end of it at a dot, is among those listed."""
-    return any(name == entry or name.endswith(f".{entry}") for entry in listed)
-
-
-def full_match(pattern: str, names: list[str]) -> list[str]:
-    """The names that a regular expression matches from end to end."""
-    compiled = re.compile(pattern)
-    return [name for name in names if compiled.fullmatch(name)]

@@ -22,11 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.optimization.bitsandbytes_state import settled
 from qlora_pl.modeling.optimization.sharded_optimizer import ShardedOptimizer, local_shard
-from qlora_pl.modeling.optimization.state_precision import (
-    report_float32_state,
-    shard_rows,
-    state_bytes_of_8bit,
-)
+from qlora_pl.modeling.optimization.state_bytes import state_bytes
+from qlora_pl.modeling.optimization.state_precision import report_float32_state
 
 logger = logging.getLogger(__name__)
 
@@ -335,14 +332,6 @@ def optimizer_state_bytes(
         parameter_dtype: Theirs and their gradients'; only sgd's and adamw_torch's state follows it.
         num_shards: Devices that share each parameter; the bytes are those of the fullest.
     """
-    shapes = list(shapes)
-    num_states = 2 if "adamw" in config.name else 1
-    if "8bit" in config.name:
-        return state_bytes_of_8bit(shapes, num_states, num_shards)
-    num_values = sum(math.prod((shard_rows(shape, num_shards), *shape[1:])) for shape in shapes)
-    if config.name == "sgd":
-        return parameter_dtype.itemsize * num_values if config.momentum else 0
-    if config.name == "adamw_torch":
-        # each parameter also counts its steps, in one float32
-        return 2 * parameter_dtype.itemsize * num_values + 4 * len(shapes)
-    return 4 * num_states * num_values
+    return state_bytes(
+        config.name, shapes, parameter_dtype.itemsize, num_shards, bool(config.momentum)
+    )
