@@ -40,7 +40,7 @@ def try_finished(
         shrunken: What was started.
         words: The user's own.
         place: The temporary folder.
-        known: ``folder`` of the run, and ``has_validation``.
+        known: ``folder`` of the run, and ``why_no_validation``, a clause if there is none.
     """
     folder: Path = known["folder"]
     has_adapters = run.model.lora.method != "none"
@@ -48,7 +48,7 @@ def try_finished(
     settings = {
         "words": [*words, *shrunken.words, "--run.root", str(place / "validation")],
         "checkpoint": str(newest_verified(folder)),
-        "has_validation": known["has_validation"],
+        "why_no_validation": known["why_no_validation"],
         "product": str(product),
         "has_adapters": has_adapters,
         "merged": str(place / "merged"),

@@ -50,6 +50,10 @@ def smoke(words: Sequence[str]) -> int:
         print(HELP)
         return 0
     options, run_words = _parse(words)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in os.environ:
+        raise ConfigurationError(
+            "smoke starts the processes of its run itself; call it once, without torchrun or srun."
+        )
     is_online = not options.offline and hub_answers()
     folder = Path(tempfile.mkdtemp(prefix="qlora-pl-smoke-"))
     try:

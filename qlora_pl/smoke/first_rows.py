@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,11 @@ def _plain(source: SourceConfig) -> dict[str, Any]:
 
 def _write_hub_rows(source: SourceConfig, limit: int, path: Path, is_online: bool) -> bool:
     """Write the first rows of a dataset as they are stored; False: they cannot be had here."""
+    name = re.match(r"\w+", source.split)  # of "train[:500]" and "train+test", which are no streams
+    split = name[0] if name and is_online else source.split
     try:
         # What is in the cache is whole, and streaming would ask the Hub for it.
-        rows = load_hub_dataset(replace(source, streaming=is_online))
+        rows = load_hub_dataset(replace(source, streaming=is_online, split=split))
         first = list(itertools.islice(rows, limit))
     except DatasetFormatError:
         if is_online:

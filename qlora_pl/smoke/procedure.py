@@ -154,8 +154,14 @@ class Procedure:
             self.words,
             self.place,
             folder=training.folder,
-            has_validation=self.rows.has_validation and self.run.trainer.limit_val_batches != 0,
+            why_no_validation=self._why_no_validation(self.rows),
         )
+
+    def _why_no_validation(self, rows: RowCheck) -> str:
+        """A clause; empty where rows validate."""
+        if self.run.trainer.limit_val_batches == 0:
+            return "left out by trainer.limit_val_batches: 0"
+        return "" if rows.has_validation else "no row validates (data.val_size: 0)"
 
     # -- what is said ------------------------------------------------------------------------------
 

@@ -24,9 +24,10 @@ from qlora_pl.modeling.adapters.lora import (
     resolve_targets,
 )
 from qlora_pl.modeling.base.encoder_decoder import auto_class
+from qlora_pl.modeling.base.names import matches
+from qlora_pl.modeling.base.prequantized import make_plan
 from qlora_pl.modeling.base.quantization import COMPUTE_DTYPES, QuantizationConfig
-from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
-from qlora_pl.modeling.base.structure import matches
+from qlora_pl.modeling.base.quantization_plan import build_skeleton
 from qlora_pl.modeling.full_training import refuse_packed_weights
 from qlora_pl.modeling.loading.sharded_loading import refuse_unshardable
 from qlora_pl.modeling.sharding import unit_names
@@ -61,8 +62,8 @@ def check_whole(base: BaseFiles, run: Any) -> nn.Module:
         refuse_missing_head(base.name, skeleton, stored)
     quantization, lora = configs_of(run)
     refuse_packed_weights(quantization, lora)
-    if "quantization_config" not in base.config:
-        plan_quantization(skeleton, quantization)
+    if base.original is not None or "quantization_config" not in base.config:
+        make_plan(base.original or base.folder, skeleton, quantization)
     if lora.has_adapters:
         targets = resolve_targets(skeleton, lora)
         refuse_unfit_ranks(skeleton, lora, targets)

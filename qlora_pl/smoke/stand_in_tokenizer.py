@@ -91,10 +91,11 @@ def special_tokens(config: Mapping[str, Any], names: tuple[str, str]) -> dict[st
 
 
 def _id(config: Mapping[str, Any], key: str) -> int | None:
-    value = config.get(key)
+    value: Any = config.get(key)
     value = value[0] if isinstance(value, list) and value else value
-    in_range = isinstance(value, int) and 0 <= value < int(config["vocab_size"])
-    return value if in_range else None
+    if not isinstance(value, int) or not 0 <= value < int(config["vocab_size"]):
+        return None
+    return value
 
 
 def placed(specials: Mapping[str, int], learnt: list[str], size: int) -> list[str]:

@@ -51,14 +51,13 @@ def validate(step: Step, settings: dict[str, Any]) -> None:
     """``qlora-pl validate`` with the finished run's checkpoint, in one process."""
     from qlora_pl.cli import QLoRACLI
 
-    if not settings["has_validation"]:
-        step.leave_out("no row validates (data.val_size: 0)")
+    if settings["why_no_validation"]:
+        step.leave_out(settings["why_no_validation"])
         return
     words = [*settings["words"], "--trainer.devices", "1", "--trainer.strategy", "auto"]
     words += ["--ckpt_path", settings["checkpoint"]]
-    step.said = (
-        _said(lambda: QLoRACLI(["validate", *words])).rpartition(":")[0].removeprefix("validate: ")
-    )
+    told = _said(lambda: QLoRACLI(["validate", *words]))  # validate: FIGURES: FOLDER
+    step.said = told.rpartition(":")[0].removeprefix("validate: ")
     if "loss" not in step.said:
         raise StepError("validate ended without a loss.")
 
