@@ -34,6 +34,7 @@ OTHER_COMMANDS = {
     "plan": "Say what a run takes of a GPU's memory, how long and at what price, without a GPU.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
     "bench": "Measure speed, memory and time by part, of a run or of a known shape.",
+    "smoke": "Try a run, shrunken, on the CPU: what would fail later fails now.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
@@ -93,6 +94,8 @@ def main() -> int:
             return run_with_adapter(command)
         if command == "bench":
             return run_bench()
+        if command == "smoke":
+            return run_smoke()
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
         fail(str(error))
@@ -196,6 +199,16 @@ def run_plan() -> int:
     from qlora_pl.planning.command import plan_command
 
     return plan_command(sys.argv[2:])
+
+
+def run_smoke() -> int:
+    """Hand over to ``smoke``, which starts ``fit`` and others in processes of their own."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten()
+    from qlora_pl.smoke.command import smoke
+
+    return smoke(sys.argv[2:])
 
 
 def run_prove_resume() -> int:

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 # Keys of config.json that say who wrote the file rather than what the model computes.
 VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
-FETCHED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "README.md")
+DESCRIBING = ("*.json", "*.model", "*.jinja", "*.txt", "*.py", "README.md")
+"""What of a Hub model is no weights."""
+FETCHED = (*DESCRIBING, "*.safetensors")
 """What of a Hub model is downloaded; pickled weights only where there are no others. Its README
 says under which licence it is."""
 WIDEST_FIRST = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -131,23 +133,37 @@ def refuse_code_from_elsewhere(folder: Path) -> None:
                 )
 
 
+def fetch_without_weights(name: str, revision: str | None, cache_dir: str | None) -> Path:
+    """A folder with a Hub model's configuration and tokenizer, and possibly more.
+
+    Raises:
+        ConfigurationError: if it cannot be had, saying why.
+    """
+    return _fetched(name, revision, cache_dir, DESCRIBING)
+
+
 def _snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path:
+    folder = _fetched(name, revision, cache_dir, FETCHED)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return _fetched(name, revision, cache_dir, (*FETCHED, "pytorch_model*.bin"))
+
+
+def _fetched(
+    name: str, revision: str | None, cache_dir: str | None, patterns: tuple[str, ...]
+) -> Path:
     from huggingface_hub import snapshot_download
 
-    def fetch(*more: str) -> Path:
+    try:
         return Path(
             snapshot_download(
                 name,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=[*FETCHED, *more],
+                allow_patterns=list(patterns),
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
             )
         )
-
-    try:
-        folder = fetch()
-        return folder if any(folder.glob("*.safetensors")) else fetch("pytorch_model*.bin")
     except Exception as error:  # the client raises a dozen unrelated types
         raise ConfigurationError(
             f"model.model_name_or_path: {_why_not_fetched(name, revision, error)}"
