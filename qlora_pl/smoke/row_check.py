@@ -49,11 +49,12 @@ class RowCheck:
         """What was read, in a clause."""
         report = self.data.read[TRAIN].report
         which = "all" if self.is_whole else "the first"
-        sources = f"{len(report.rows_by_source)} sources"
+        num_sources = len(report.rows_by_source)
+        of = f" of {num_sources} sources" if num_sources > 1 else ""
         formats = ", ".join(dict.fromkeys(report.formats.values()))
         said = (
-            f"{which} {self.num_rows} rows{f' of {sources}' if sources[:2] != '1 ' else ''}, read "
-            f"as {formats}; the longest has {self.longest} tokens"
+            f"{which} {self.num_rows} rows{of}, read as {formats}; the longest has {self.longest} "
+            "tokens"
         )
         if VAL in self.data.read:
             said += f"; {self.data.read[VAL].report.num_rows} validation rows"

@@ -112,30 +112,38 @@ def test_a_run_of_another_kind_passes(
         assert any(note.startswith("model.lora.target_modules") for note in record["not_tested"])
 
 
+CALLBACKS = """
+from lightning.pytorch import Callback
+class AtOnce(Callback):
+    def on_train_batch_end(self, *_):
+        raise ValueError('the callback is broken')
+class WhenResumed(Callback):
+    def on_train_start(self, trainer, *_):
+        if trainer.global_step > 0:
+            raise RuntimeError('no way back')
+"""
+
+
 @pytest.mark.slow
-def test_a_callback_that_fails_is_told_in_the_words_of_its_error(
-    settings: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "step", "sentence"),
+    [
+        ("AtOnce", "train", "fit: ValueError: the callback is broken"),
+        ("WhenResumed", "resume", "fit: RuntimeError: no way back"),
+    ],
+)
+def test_what_fails_in_training_is_told_in_the_words_of_its_error(
+    name: str, step: str, sentence: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "broken_callback.py").write_text(
-        "from lightning.pytorch import Callback\n"
-        "class Broken(Callback):\n"
-        "    def on_train_batch_end(self, *_):\n"
-        "        raise ValueError('the callback is broken')\n"
-    )
-    settings["trainer"]["callbacks"] = [{"class_path": "broken_callback.Broken"}]
-    path = write(settings, tmp_path)
-    command = [sys.executable, "-m", "qlora_pl", "smoke", "--offline", "--config", str(path)]
-    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": paths},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    (tmp_path / "broken.py").write_text(CALLBACKS)
+    settings["trainer"]["callbacks"] = [{"class_path": f"broken.{name}"}]
+    command = [sys.executable, "-m", "qlora_pl", "smoke", "--offline"]
+    command += ["--config", str(write(settings, tmp_path))]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run(command, env=paths, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "fit: ValueError: the callback is broken" in done.stdout
-    assert "smoke: failed: train" in done.stdout
+    assert sentence in done.stdout
+    assert f"smoke: failed: {step}" in done.stdout
 
 
 @pytest.mark.slow
