@@ -170,7 +170,7 @@ LAYERS: dict[str, set[str]] = {
     "key_reference": {"cli", "data"},
     "data": {"data", "errors", "batch", "files"},
     "modeling": {"modeling", "errors", "batch", "files"},
-    "strategies": {"strategies", "modeling", "errors"},
+    "strategies": {"strategies", "planning", "modeling", "errors"},
     "training": {"training", "modeling", "data", "errors", "batch", "files", "redaction"},
     "inference": {"inference", "modeling", "data", "errors", "files"},
     "chat": {"chat", "inference", "modeling", "data", "errors", "files"},
