@@ -194,7 +194,7 @@ LAYERS: dict[str, set[str]] = {
     "key_reference": {"cli", "data"},
     "data": {"data", "errors", "batch", "files"},
     "modeling": {"modeling", "errors", "batch", "files"},
-    "strategies": {"strategies", "modeling", "errors"},
+    "strategies": {"strategies", "planning", "modeling", "errors"},
     "training": {
         "training",
         "planning",

@@ -93,52 +93,49 @@ def _batch_run(
 
 
 def plan(place: Place, findings: Findings) -> None:
-    """A step of the large base against the estimate that chooses strategies."""
-    from qlora_pl.modeling.adapters.lora import LoRAConfig
-    from qlora_pl.modeling.base.quantization import QuantizationConfig
+    """A step of the large base against the plan that chooses strategies."""
     from qlora_pl.modeling.base.quantization_plan import build_skeleton
-    from qlora_pl.modeling.footprint import OVERHEAD, estimate_footprint
-    from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
+    from qlora_pl.planning.memory import TrainingSetting, plan_memory
+    from qlora_pl.planning.shapes import shape_of_skeleton
 
     run = large_run(place, "large-quantised-now")
     complete(run)
     notes, model, data = run.notes(), run.config["model"], run.config["data"]
-    footprint = estimate_footprint(
-        build_skeleton(model["model_name_or_path"]),
-        QuantizationConfig(**model["quantization"]),
-        LoRAConfig(**model["lora"]),
-        OptimizerConfig(**model["optimizer"]),
-        data["batch_size"] * TOKENS_OF_ROW,
-        True,
+    lora = model["lora"]
+    setting = TrainingSetting(
+        quant_type=model["quantization"].get("quant_type", "nf4"),
+        r=lora.get("r", 64),
+        adapter_dtype=lora.get("dtype", "float32"),
+        dropout=lora.get("dropout", 0.0),
+        optimizer=model["optimizer"].get("name", "paged_adamw_32bit"),
+        batch_size=data["batch_size"],
+        tokens_per_row=TOKENS_OF_ROW,
     )
+    planned = plan_memory(shape_of_skeleton(build_skeleton(model["model_name_or_path"])), setting)
     sizes = notes["base_bytes"]
     findings.note(
         measured=sizes,
-        planned={
-            "weights": footprint.weights,
-            "constants": footprint.constants,
-            "trained": footprint.trained,
-            "activations": footprint.activations,
-        },
+        planned=planned.components,
     )
     findings.claim(
         "packed weights take half a byte each",
         2 * sizes["packed"] == sizes["packed_weights"],
         num_bytes=sizes["packed"],
     )
-    planned = footprint.weights
+    parts = ("packed_weights", "embeddings_and_head", "norms_and_other")
+    expected = sum(planned.components[part] for part in parts)
     held = sizes["packed"] + sizes["unquantised"]
     findings.claim(
         "the base takes what was planned, to a thousandth",
-        abs(held / planned - 1) <= 1e-3,
-        ratio=held / planned,
+        abs(held / expected - 1) <= 1e-3,
+        ratio=held / expected,
     )
     text = "a step takes no more than what was planned and 15 %"
     if place.is_rehearsal:
         findings.needs_cuda(text)
         return
     peak = max(step["peak_bytes"] for step in notes["steps"])
-    ratio = peak / (footprint.whole - OVERHEAD)
+    ratio = peak / planned.allocated
     findings.claim(text, ratio <= MOST_OVER_PLAN, ratio=ratio, peak_bytes=peak)
 
 

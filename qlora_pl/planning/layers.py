@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qlora_pl.planning.attention import Rows, attend
-from qlora_pl.planning.families import LLAMA_LIKE, falcon_norms
+from qlora_pl.planning.layouts import LLAMA_LIKE, falcon_norms
 from qlora_pl.planning.parameters import ParameterShape
 from qlora_pl.planning.shapes import ModelShape
 from qlora_pl.planning.tape import Tape, Value

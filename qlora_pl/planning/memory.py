@@ -151,11 +151,8 @@ def _resident(
 def _gathered(shape: ModelShape, setting: TrainingSetting) -> int:
     """What devices hold beside their own parts while they exchange some.
 
-    Where they share the base: a layer and the next one, what lies outside of them or the larger of
-    embedding and head. In ddp: sums of gradients on their way.
+    A layer and the next one, what lies outside of them, and the larger of embedding and head.
     """
-    if setting.strategy == "ddp" and setting.num_devices > 1:
-        return trained_bytes(shape, setting).weights
     if not setting.is_shared or setting.num_devices == 1:
         return 0
     layers: dict[tuple[str, int], int] = {}
@@ -208,5 +205,11 @@ def _moments(
         "the first layer's backward": resident
         | {"gradients": before + until_first, "activations": beside + of_first},
         "the end of the backward": resident | {"gradients": before + new, "dequantization": 0},
-        "the optimizer's step": resident | {"gradients": whole, "dequantization": 0},
+        "the optimizer's step": resident
+        | {
+            "gradients": whole,
+            "dequantization": 0,
+            # in ddp all gradients are copied into a few tensors that are summed at once
+            "communication": whole if setting.strategy == "ddp" else resident["communication"],
+        },
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from qlora_pl.planning.training_setting import Dtype, TrainingSetting
+from qlora_pl.planning.training_setting import Dtype, Strategy, TrainingSetting
 
 OPEN_SHARE = 16
 """Rows of a step on each device where nothing says how many."""
@@ -18,7 +18,7 @@ def setting_of(
     *,
     num_devices: int = 1,
     auto_dtype: Dtype = "bfloat16",
-    auto_strategy: Literal["one", "ddp", "fsdp2", "fsdp2_offload"] | None = None,
+    auto_strategy: Strategy = "ddp",
     device: Literal["cuda", "cpu"] = "cuda",
     tokens_per_row: int | None = None,
     trained_tokens: int | None = None,
@@ -29,26 +29,60 @@ def setting_of(
         run: From ``cli.read_runs``: the parser's namespace, completed.
         num_devices: Over all machines.
         auto_dtype: What ``compute_dtype: auto`` comes to on the device in question.
-        auto_strategy: What ``strategy: auto`` comes to on several devices; None: ddp.
+        auto_strategy: What ``strategy: auto`` comes to on several devices.
         device: Whose kernels run.
         tokens_per_row: Of the longest micro-batch, where rows have been read; None: what the
             configuration allows.
         trained_tokens: Of that micro-batch; None: all of them.
     """
-    model, data, trainer = run.model, run.data, run.trainer
-    quantization, lora, optimizer = model.quantization, model.lora, model.optimizer
-    compute = quantization.compute_dtype
-    length = tokens_per_row or longest_row(data)
+    named = run.trainer.strategy
+    strategy = named if named in ("ddp", "fsdp2", "fsdp2_offload") else auto_strategy
+    return setting_of_parts(
+        run.model,
+        run.model.optimizer,
+        run.data,
+        accumulation=run.trainer.accumulate_grad_batches,
+        strategy="one" if num_devices == 1 else strategy,
+        num_devices=num_devices,
+        auto_dtype=auto_dtype,
+        device=device,
+        tokens_per_row=tokens_per_row,
+        trained_tokens=trained_tokens,
+    )
+
+
+def setting_of_parts(
+    model: Any,
+    optimizer: Any,
+    data: Any,
+    *,
+    accumulation: int | None,
+    strategy: Strategy,
+    num_devices: int,
+    auto_dtype: Dtype,
+    device: Literal["cuda", "cpu"] = "cuda",
+    tokens_per_row: int | None = None,
+    trained_tokens: int | None = None,
+) -> TrainingSetting:
+    """The same of a module and a data module, or of the sections that they are made from.
+
+    Args:
+        model: A ``QLoRAModule``, or the section ``model``.
+        optimizer: Its optimizer's settings.
+        data: An ``InstructionDataModule``, or the section ``data``.
+        accumulation: Micro-batches of a step on one device; None: ``data.global_batch_size`` says.
+        strategy: How devices hold the base.
+        num_devices: See ``setting_of``.
+        auto_dtype: See ``setting_of``.
+        device: See ``setting_of``.
+        tokens_per_row: See ``setting_of``.
+        trained_tokens: See ``setting_of``.
+    """
+    quantization, lora = model.quantization, model.lora
+    compute, targets = quantization.compute_dtype, lora.target_modules
+    length = longest_row(data) if tokens_per_row is None else tokens_per_row
+    rows = rows_of_micro_batch(data, length)
     is_packed = data.packing is not False
-    is_open = data.batch_size == "auto"
-    rows = 1 if is_open else data.batch_size
-    if data.tokens_per_batch is not None:
-        rows = max(1, data.tokens_per_batch // length)
-    micro_batches = trainer.accumulate_grad_batches
-    if micro_batches is None:
-        total = data.global_batch_size or is_open * OPEN_SHARE * num_devices
-        micro_batches = max(1, -(-total // (rows * num_devices)))
-    targets = lora.target_modules
     return TrainingSetting(
         quant_type=quantization.quant_type,
         double_quant=quantization.double_quant is not False,
@@ -72,10 +106,10 @@ def setting_of(
         has_mask=not is_packed and (rows > 1 or data.padding == "max_length"),
         is_packed=is_packed,
         attention=model.attn_implementation,
-        gradient_checkpointing=bool(model.gradient_checkpointing),
-        num_micro_batches=micro_batches,
+        gradient_checkpointing=model.gradient_checkpointing is not False,
+        num_micro_batches=accumulation or _micro_batches(data, rows, num_devices),
         splits_on_oom=model.on_oom == "split",
-        strategy=_strategy(trainer.strategy, num_devices, auto_strategy),
+        strategy=strategy,
         num_devices=num_devices,
         device=device,
     )
@@ -88,11 +122,22 @@ def longest_row(data: Any) -> int:
     return PADDED_TO * math.ceil(longest / PADDED_TO)
 
 
-def _strategy(
-    name: Any, num_devices: int, auto: Literal["one", "ddp", "fsdp2", "fsdp2_offload"] | None
-) -> Literal["one", "ddp", "fsdp2", "fsdp2_offload"]:
-    if num_devices == 1:
-        return "one"
-    if name in ("fsdp2", "fsdp2_offload", "ddp"):
-        return name
-    return auto or "ddp"
+def rows_of_micro_batch(data: Any, length: int) -> int:
+    """Rows of a micro-batch of the longest rows."""
+    if data.tokens_per_batch is not None:
+        return max(1, int(data.tokens_per_batch) // length)
+    asked = _asked_batch_size(data)
+    return asked if isinstance(asked, int) else 1  # auto: at least one
+
+
+def _asked_batch_size(data: Any) -> Any:
+    # A module that has not settled auto yet begins with another number.
+    return getattr(data, "asked_batch_size", data.batch_size)
+
+
+def _micro_batches(data: Any, rows: int, num_devices: int) -> int:
+    total = data.global_batch_size
+    if total is None:
+        return OPEN_SHARE if _asked_batch_size(data) == "auto" else 1
+    of_one = 1 if data.tokens_per_batch is not None else rows
+    return max(1, math.ceil(total / (of_one * num_devices)))

@@ -12,7 +12,8 @@ from typing import Any
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.base.names import matches
-from qlora_pl.planning.families import FAMILIES, SIZES, Family, is_gated
+from qlora_pl.planning.families import FAMILIES, SIZES, Family
+from qlora_pl.planning.layouts import is_gated
 from qlora_pl.planning.parameters import ParameterShape, Role
 
 POSITIVE = (*SIZES, "num_key_value_heads", "head_dim")

@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
+from qlora_pl.modeling.base.quantization import resolve_compute_dtype
 from qlora_pl.modeling.base.quantization_plan import build_skeleton
-from qlora_pl.modeling.footprint import estimate_footprint
+from qlora_pl.planning.memory import MemoryPlan, plan_memory
+from qlora_pl.planning.settings import setting_of_parts
+from qlora_pl.planning.shapes import ModelShape, shape_of_skeleton
+from qlora_pl.planning.training_setting import Strategy
 from qlora_pl.strategies.choice import choose_strategy
 
 logger = logging.getLogger(__name__)
@@ -44,24 +48,43 @@ def fitting_strategy(
         num_devices: See ``num_gpus``.
         least: Of a number over all processes, whose machines may have other GPUs; see ``Ranks``.
     """
-    skeleton = build_skeleton(
-        model.model_name_or_path, model.attn_implementation, model.trust_remote_code
+    shape = shape_of_skeleton(
+        build_skeleton(model.model_name_or_path, model.attn_implementation, model.trust_remote_code)
     )
-    rows = 1 if data.asked_batch_size == "auto" else data.batch_size
-    footprint = estimate_footprint(
-        skeleton,
-        model.quantization,
-        model.lora,
-        model.optimizer_config,
-        data.tokens_per_batch or rows * data.max_length,
-        bool(model.gradient_checkpointing),  # auto: where it has to be
+    whole, shared = (
+        plan_of(shape, model, data, strategy, num_devices).total for strategy in ("ddp", "fsdp2")
     )
     memory = min(
         torch.cuda.get_device_properties(index).total_memory
         for index in range(torch.cuda.device_count())
     )
-    name, reason = choose_strategy(
-        footprint.whole, footprint.shared(num_devices), least("gpu_bytes", memory)
-    )
+    name, reason = choose_strategy(whole, shared, least("gpu_bytes", memory))
     logger.info("%s", reason)
     return name
+
+
+def plan_of(
+    shape: ModelShape, model: Any, data: Any, strategy: Strategy, num_devices: int
+) -> MemoryPlan:
+    """What a run takes of each device under a strategy, at the longest rows that it allows.
+
+    Args:
+        shape: The base's.
+        model: As in ``fitting_strategy``.
+        data: As in ``fitting_strategy``.
+        strategy: How devices hold the base.
+        num_devices: Over all machines.
+    """
+    dtype: Any = str(
+        resolve_compute_dtype(model.quantization.compute_dtype, torch.device("cuda"))
+    ).removeprefix("torch.")
+    setting = setting_of_parts(
+        model,
+        model.optimizer_config,
+        data,
+        accumulation=None,
+        strategy=strategy,
+        num_devices=num_devices,
+        auto_dtype=dtype,
+    )
+    return plan_memory(shape, setting)
