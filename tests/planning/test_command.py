@@ -143,6 +143,27 @@ def test_a_local_base_is_planned_at_the_longest_batch_of_its_rows(
     assert found["num_steps"] is not None
 
 
+def test_what_shorter_rows_would_lose_is_counted_where_the_rows_were_read(
+    plan: Plan, tiny_base: Path, write_rows: Callable[..., Path]
+) -> None:
+    rows = [{"prompt": "How many?", "response": "many " * 100} for _ in range(12)]
+    found = plan(
+        "--model.model_name_or_path",
+        tiny_base,
+        "--data.sources",
+        write_rows(rows),
+        "--data.max_length",
+        256,
+        "--data.batch_size",
+        64,
+        "--gpu",
+        "601MB",
+    )
+    costs = {remedy["cost"] for remedy in found["remedies"] if "max_length" in remedy["yaml"]}
+    assert found["verdict"]["kind"] == "does not fit"
+    assert all("% of the tokens are cut off" in cost for cost in costs)
+
+
 def test_rows_that_cannot_be_read_are_taken_as_long_as_they_may_be(
     plan: Plan, tiny_base: Path, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
