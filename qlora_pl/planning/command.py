@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -110,9 +111,9 @@ def _check(options: argparse.Namespace) -> None:
     problems = []
     if options.gpus is not None and options.gpus < 1:
         problems.append(f"--gpus: must be at least 1, got {options.gpus}.")
-    if options.price_per_hour is not None and not options.price_per_hour >= 0:
+    if options.price_per_hour is not None and not (0 <= options.price_per_hour < math.inf):
         problems.append(f"--price-per-hour: must be 0 or more, got {options.price_per_hour}.")
-    if options.mean_length is not None and not options.mean_length >= 1:
+    if options.mean_length is not None and not 1 <= options.mean_length < math.inf:
         problems.append(f"--mean-length: must be at least 1, got {options.mean_length}.")
     if options.price_per_hour is not None and options.gpu is None:
         problems.append("--price-per-hour: whose price is it? name the card with --gpu.")

@@ -65,4 +65,5 @@ def published(shape: ModelShape, setting: TrainingSetting) -> Published | None:
     is_qlora = setting.quant_type == "nf4" and setting.method == "lora"
     is_like = is_qlora and setting.target_modules == "all-linear" and setting.r == 64
     is_like &= setting.num_tokens <= LIKE_TOKENS and setting.gradient_checkpointing
+    is_like &= setting.num_devices == 1
     return found if is_llama and is_like and shape.vocabulary_size <= 32064 else None

@@ -66,7 +66,7 @@ class Report:
         """The report as a person reads it."""
         parts = [
             self._head(),
-            component_table(self.plan, self.setting),
+            component_table(self.plan, self.setting) + "\n" + self._activations(),
             self._verdict(),
             self._advice(),
             self._work(),
@@ -97,6 +97,14 @@ class Report:
         )
         lines += [f"  {note}" for note in self.run.notes]
         return "\n".join(lines)
+
+    def _activations(self) -> str:
+        acts = self.plan.activations
+        widest = max(acts.layers)
+        return (
+            f"  Activations of a micro-batch: {_gb(acts.kept(True))} with checkpointing, "
+            f"{_gb(acts.kept(False))} without ({_gb(widest)} a layer)."
+        )
 
     def _verdict(self) -> str:
         if self.chosen is None:
@@ -216,6 +224,11 @@ class Report:
             "before_overhead": self.plan.before_overhead,
             "pageable": self.plan.pageable,
             "host": dict(self.plan.host),
+            "activations": {
+                "with_checkpointing": self.plan.activations.kept(True),
+                "without_checkpointing": self.plan.activations.kept(False),
+                "by_layer": list(self.plan.activations.layers),
+            },
             "num_steps": run.num_steps,
             "model_flops_per_token": work.model_flops(*counts) / max(1, counts[0]),
             "hardware_flops_per_token": work.hardware_flops(*counts) / max(1, counts[0]),

@@ -49,7 +49,7 @@ def planned_file(words: list[str], num_devices: int | None, reads_all: bool) -> 
         base=name,
         shape=shape,
         setting=setting,
-        keys=_keys(run, accumulation),
+        keys=_keys(run, accumulation, rows),
         chooses_dtype=run.model.quantization.compute_dtype == "auto",
         chooses_strategy=run.trainer.strategy == "auto",
         num_micro_batches=None if steps is None else steps * accumulation,
@@ -169,7 +169,7 @@ def _micro_batches_of_epoch(run: Any, rows: RowFacts | None, num_devices: int) -
     return math.ceil(sum(limits) / (run.data.batch_size * num_devices))
 
 
-def _keys(run: Any, accumulation: int) -> RunKeys:
+def _keys(run: Any, accumulation: int, rows: RowFacts | None) -> RunKeys:
     data = run.data
     return RunKeys(
         max_length=data.max_length,
@@ -180,4 +180,5 @@ def _keys(run: Any, accumulation: int) -> RunKeys:
         sets_accumulation=data.global_batch_size is not None
         and run.trainer.accumulate_grad_batches is not None,
         tokens_per_batch=data.tokens_per_batch,
+        share_longer=None if rows is None else rows.share_beyond,
     )

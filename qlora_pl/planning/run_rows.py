@@ -6,7 +6,7 @@ Reading goes the way of training: the same data module, no trainer, no network.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ class RowFacts:
     """Mean square of a row's length."""
     num_micro_batches: int
     """Of an epoch, on one device."""
+    lengths: np.ndarray = field(repr=False)
+    """``(num_rows,)`` tokens of each row."""
+
+    def share_beyond(self, length: int) -> float:
+        """Share of the tokens that rows have beyond a length."""
+        beyond = np.maximum(self.lengths - length, 0).sum()
+        return float(beyond / max(1, self.lengths.sum()))
 
 
 class UnreadRowsError(Exception):
@@ -67,7 +74,9 @@ def read_rows(run: Any, reads_all: bool = False) -> RowFacts:
     given = settings(run.data) | {"num_workers": 0}
     if given["val_sources"]:  # nothing of the training rows is then taken away
         given |= {"val_sources": NO_ROWS, "val_size": 0}
-    logging.getLogger("qlora_pl").setLevel(logging.ERROR)
+    logger = logging.getLogger("qlora_pl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what reading would tell is fit's to tell
     try:
         data = InstructionDataModule(**given)
         data.base = BaseFacts.of(run.model)
@@ -78,7 +87,7 @@ def read_rows(run: Any, reads_all: bool = False) -> RowFacts:
     except QLoRAError as error:
         raise UnreadRowsError(str(error).splitlines()[0].rstrip(".")) from error
     finally:
-        logging.getLogger("qlora_pl").setLevel(logging.INFO)
+        logger.setLevel(level)
     rows = data.splits["train"].rows
     ids, labels = largest["input_ids"], largest["labels"]
     is_paired = "decoder_attention_mask" in largest
@@ -95,6 +104,7 @@ def read_rows(run: Any, reads_all: bool = False) -> RowFacts:
         mean_trained=float(rows.num_trained.mean()),
         mean_pairs=float((rows.lengths.astype(np.float64) ** 2).mean()),
         num_micro_batches=len(batches),
+        lengths=rows.lengths.astype(np.int64),
     )
 
 

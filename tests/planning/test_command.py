@@ -143,6 +143,23 @@ def test_a_local_base_is_planned_at_the_longest_batch_of_its_rows(
     assert found["num_steps"] is not None
 
 
+def test_what_shorter_rows_would_lose_is_counted_where_the_rows_were_read(
+    plan: Plan, tiny_base: Path, write_rows: Callable[..., Path]
+) -> None:
+    """Rows are all as long, so that a limit of three quarters loses about a quarter of them."""
+    rows = [{"prompt": "How many?", "response": "many " * 100} for _ in range(12)]
+    base, sources = ("--model.model_name_or_path", tiny_base), ("--data.sources", write_rows(rows))
+    words = (*base, *sources, "--data.max_length", 256, "--data.batch_size", 8)
+    total = plan(*words)["total"]
+    found = plan(*words, "--gpu", f"{(total - 1000) / 1e6:.6f}MB")
+    assert found["verdict"]["kind"] == "does not fit"
+    (remedy,) = [r for r in found["remedies"] if "data.max_length" in r["keys"]]
+    longest = found["setting"]["tokens_per_row"]
+    share = float(re.match(r"([\d.]+)% of the tokens are cut off", remedy["cost"])[1])  # type: ignore[index]
+    lost = 1 - remedy["keys"]["data.max_length"] / longest
+    assert share / 100 == pytest.approx(lost, abs=0.06)  # batches are padded to multiples of 8
+
+
 def test_rows_that_cannot_be_read_are_taken_as_long_as_they_may_be(
     plan: Plan, tiny_base: Path, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
