@@ -29,7 +29,7 @@ OTHER_COMMANDS = {
     "serve": "Answer HTTP requests in OpenAI's format with an adapter, or a model alone.",
     "merge": "Put an adapter into its base, and measure what that changes.",
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
-    "inspect": "inspect data: look at the rows that fit would train on, without a model.",
+    "inspect": "Look at a run's rows (data), a base (model) or an adapter before using it.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
@@ -139,6 +139,7 @@ def run_with_adapter(command: str) -> int:
 
 def run_inspect() -> int:
     """Hand over to ``inspect``, which parses a run's words with the run's parser."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quieten()
     from qlora_pl.inspection.command import inspect
