@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="questions and answers, as JSON lines")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=48, help="of an answer at most")
+    parser.add_argument("--tokens", type=int, default=16, help="of an answer at most")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for synthetic bases; default: a temporary one")
     parser.add_argument("--out", type=Path)

@@ -27,6 +27,8 @@ from qlora_pl.inference.source import ModelChoice, resolve_source
 from qlora_pl.modeling.answers.decoding import DecodingConfig
 
 BATCH_SIZES = (1, 8, 32)
+LEAST_PROMPTS = 8
+"""Of a timed run; as many as the batch holds, if those are more."""
 OURS, SAME, PLAIN = "qlora_pl", "transformers, same model", "transformers and PEFT"
 Answers = list[tuple[str, int]]
 """Text and number of tokens of each prompt's answer, in the order of the prompts."""
@@ -49,7 +51,7 @@ class Task:
 
 
 def prompts_of(task: Task, rows: Path | None) -> list[Prompt]:
-    """Questions of mixed length: every other one comes after a text, of up to some 300 words.
+    """Questions of mixed length: every other one comes after a text, of up to some 80 words.
 
     Args:
         task: How many.
@@ -63,7 +65,7 @@ def prompts_of(task: Task, rows: Path | None) -> list[Prompt]:
     asked = []
     for number in range(task.num_prompts):
         question = texts[number % len(texts)][0]
-        length = (number * 7919) % 13 if number % 2 else 0  # answers before it, 0 to 12
+        length = (number * 7919) % 5 if number % 2 else 0  # answers before it, 0 to 4
         before = " ".join(texts[(number + k) % len(texts)][1] for k in range(length))
         asked.append(f"{before}\n\n{question}" if before else question)
     return [
@@ -81,7 +83,7 @@ def _question_and_answer(line: dict[str, Any]) -> tuple[str, str]:
 
 
 class Contenders:
-    """Those that answer, by name: prompts and a batch size -> answers."""
+    """Those that answer, by name: a batch size and a number of prompts -> answers."""
 
     def __init__(self, task: Task, prompts: Sequence[Prompt], has_plain: bool = True) -> None:
         self.model = load_adapter(task.adapter, **task.choice())
@@ -93,26 +95,30 @@ class Contenders:
             if isinstance(one := Answerer(self.model, self._decoding).encode(prompt), Encoded)
         ]
         assert len(self.encoded) == len(prompts), "a prompt is too long for the model"
-        self.by_name: dict[str, Callable[[int], Answers]] = {
-            OURS: lambda size: self.ours(self.model, size),
-            SAME: lambda size: self.theirs(self.model.model, size),
+        self.by_name: dict[str, Callable[[int, int], Answers]] = {
+            OURS: lambda size, count: self.ours(self.model, size, count),
+            SAME: lambda size, count: self.theirs(self.model.model, size, count),
         }
         if has_plain:
             plain = load_plainly(task, self.model)
-            self.by_name[PLAIN] = lambda size: self.theirs(plain, size)
+            self.by_name[PLAIN] = lambda size, count: self.theirs(plain, size, count)
 
-    def ours(self, model: Model, batch_size: int) -> Answers:
+    def count(self, size: int) -> int:
+        """Prompts of a timed run in batches of a size."""
+        return min(len(self.prompts), max(LEAST_PROMPTS, size))
+
+    def ours(self, model: Model, batch_size: int, count: int) -> Answers:
         """The engine of ``qlora-pl generate``."""
         answerer = Answerer(model, self._decoding, batch_size)
-        found = answerer.answers(self.prompts, [model.adapters[0]])
+        found = answerer.answers(self.prompts[:count], [model.adapters[0]])
         return [(answer.answer, answer.answer_tokens) for answer in found]  # type: ignore[union-attr]
 
-    def theirs(self, model: Any, batch_size: int) -> Answers:
+    def theirs(self, model: Any, batch_size: int, count: int) -> Answers:
         """``generate`` of transformers over the same ids, padded on the left."""
         tokenizer, stop_ids = self.model.tokenizer, sorted(self.model.encoder.stop_ids)
         found: Answers = []
-        for start in range(0, len(self.encoded), batch_size):
-            ids = [one.ids for one in self.encoded[start : start + batch_size]]
+        for start in range(0, count, batch_size):
+            ids = [one.ids for one in self.encoded[start : min(start + batch_size, count)]]
             given = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
             with torch.no_grad():
                 output = model.generate(
@@ -159,12 +165,13 @@ def speed(
     answers: dict[tuple[str, int], Answers] = {}
     rates: dict[tuple[str, int], list[float]] = {}
     for name, answer in contenders.by_name.items():  # weights are repacked, kernels are chosen
-        answers[name, 0] = answer(max(sizes))
+        answer(max(sizes), contenders.count(max(sizes)))
+        answers[name, 0] = answer(1, len(contenders.prompts))
     for _ in range(task.repeats):
         for size in sizes:
             for name, answer in contenders.by_name.items():
                 began = time.perf_counter()
-                found = answer(size)
+                found = answer(size, contenders.count(size))
                 seconds = time.perf_counter() - began
                 answers[name, size] = found
                 rates.setdefault((name, size), []).append(sum(n for _, n in found) / seconds)
@@ -199,24 +206,22 @@ def _of_size(
         },
         "answer_tokens": {name: sum(n for _, n in answers[name, size]) for name in names},
         "against_alone": {
-            name: parted(answers[name, 1], answers[name, size], tokenizer)
-            for name in names
-            if (name, 1) in answers
+            name: parted(answers[name, 0], answers[name, size], tokenizer) for name in names
         },
     }
 
 
 def parted(alone: Answers, batched: Answers, tokenizer: Any) -> dict[str, Any]:
-    """How many answers differ, and at which of their tokens."""
+    """How many of the batched answers differ, and at which of their tokens."""
     places = []
-    for (one, _), (other, _) in zip(alone, batched, strict=True):
+    for (one, _), (other, _) in zip(alone, batched, strict=False):
         if one != other:
             common = next(
                 (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
                 min(len(one), len(other)),
             )
             places.append(len(tokenizer(one[:common], add_special_tokens=False)["input_ids"]))
-    return {"differ": len(places), "of": len(alone), "at_token": sorted(places)}
+    return {"differ": len(places), "of": min(len(alone), len(batched)), "at_token": sorted(places)}
 
 
 def kinds(task: Task, rows: Path | None, sizes: Sequence[int] = BATCH_SIZES) -> dict[str, Any]:
@@ -226,12 +231,12 @@ def kinds(task: Task, rows: Path | None, sizes: Sequence[int] = BATCH_SIZES) -> 
     rates: dict[tuple[str, int], list[float]] = {}
     answers: dict[tuple[str, int], Answers] = {}
     for model in models.values():
-        contenders.ours(model, max(sizes))
+        contenders.ours(model, max(sizes), contenders.count(max(sizes)))
     for _ in range(task.repeats):
         for size in sizes:
             for name, model in models.items():
                 began = time.perf_counter()
-                answers[name, size] = contenders.ours(model, size)
+                answers[name, size] = contenders.ours(model, size, contenders.count(size))
                 seconds = time.perf_counter() - began
                 tokens = sum(n for _, n in answers[name, size])
                 rates.setdefault((name, size), []).append(tokens / seconds)

@@ -39,7 +39,7 @@ def test_both_answer_the_same_prompts_with_the_same_tokens(
     contenders = speed.Contenders(task, speed.prompts_of(task, None), has_plain=False)
     lengths = [len(one.ids) for one in contenders.encoded]
     assert max(lengths) > 2 * min(lengths)
-    answers = [answer(size) for answer in contenders.by_name.values() for size in (1, 4)]
+    answers = [answer(size, 6) for answer in contenders.by_name.values() for size in (1, 4)]
     assert all(found == answers[0] for found in answers)
     assert len(set(answers[0])) > 1
     found = speed.speed(task, None, sizes=(1, 4), has_plain=False)

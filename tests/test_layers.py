@@ -109,6 +109,7 @@ MAY_USE: dict[str, set[str]] = {
     "modeling.adapters.dora": {"torch", "peft"},
     "modeling.adapters.eva": {"torch", "peft"},
     "modeling.adapters.late_start": {"torch", "peft"},
+    "modeling.adapters.settled": {"torch", "peft"},
     "modeling.parameters": {"torch", "peft"},
     "modeling.loading.replacement": {"torch", "transformers", "bitsandbytes"},
     "modeling.optimization.mixed_precision": {"torch", "lightning"},

@@ -13,6 +13,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from notebook_cells import assert_clean, code_cells, printed
 
 from qlora_pl.cli import read_runs, settings
 
@@ -25,14 +26,6 @@ print([w.strip().startswith(a["answer"]) for w, a in zip(whole, after, strict=Tr
 """
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # Jupyter's own, on its way to other loops
-
-
-def code_cells(notebook: Any) -> dict[str, Any]:
-    return {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
-
-
-def printed(cell: Any) -> str:
-    return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
 
 
 @pytest.fixture
@@ -74,10 +67,7 @@ MAX_STEPS = {STEPS}"""
 
 def test_the_notebook_is_kept_without_outputs_and_counts(notebook: Any) -> None:
     nbformat.validate(notebook)
-    for cell in code_cells(notebook).values():
-        assert not cell.outputs, f"clear the outputs of '{cell.id}'"
-        assert cell.execution_count is None, f"clear the execution count of '{cell.id}'"
-        assert not set(cell.metadata) - {"tags"}, f"'{cell.id}' keeps {set(cell.metadata)}"
+    assert_clean(notebook)
 
 
 def test_the_notebook_defines_nothing_of_its_own(notebook: Any) -> None:

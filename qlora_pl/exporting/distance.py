@@ -6,7 +6,6 @@ error of packing, with which it has learnt to live, is missing there.
 
 from __future__ import annotations
 
-import gc
 import logging
 import tempfile
 from dataclasses import asdict, replace
@@ -15,11 +14,12 @@ from typing import Any
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.loading import load
-from qlora_pl.inference.machine import best_device
+from qlora_pl.inference.machine import place_of
 from qlora_pl.inference.source import ModelChoice, ModelSource, resolve_source
 from qlora_pl.merging.scored_rows import ScoredRow, held_out_rows
 from qlora_pl.merging.scoring import Score, score, write_reference
 from qlora_pl.modeling.base.quantization import resolve_compute_dtype
+from qlora_pl.modeling.loading.host_memory import release_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def distance_over_16_bits(
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         reference = Path(temporary) / "reference.npy"
         write_reference_of(source, choice, rows, reference)
-        products = resolve_compute_dtype(source.quantization.compute_dtype, best_device())
+        products = resolve_compute_dtype(source.quantization.compute_dtype, place_of(choice).device)
         precision: Any = str(products).removeprefix("torch.")
         return _score(replace(choice, precision=precision, quantization=None), rows, reference)
 
@@ -70,22 +70,24 @@ def write_reference_of(
     source: ModelSource, choice: ModelChoice, rows: list[ScoredRow], path: Path
 ) -> None:
     """Keep what the trained model says, which is loaded for it and let go."""
-    trained = load(source, best_device(), choice.cache_dir, choice.trust_remote_code, is_exact=True)
+    place = place_of(choice)
+    trained = load(source, place, choice.cache_dir, choice.trust_remote_code, is_exact=True)
     (name,) = source.adapters
     with trained.answering_as(name) as model:
         write_reference(model, rows, path)
     del trained, model
-    gc.collect()
+    release_freed_memory(of_cycles=True)
 
 
 def _score(choice: ModelChoice, rows: list[ScoredRow], reference: Path) -> Score:
     source = resolve_source(choice)
-    served = load(source, best_device(), choice.cache_dir, choice.trust_remote_code, is_exact=True)
+    place = place_of(choice)
+    served = load(source, place, choice.cache_dir, choice.trust_remote_code, is_exact=True)
     (name,) = source.adapters
     with served.answering_as(name) as model:
         found = score(model, rows, reference)
     del served, model
-    gc.collect()
+    release_freed_memory(of_cycles=True)
     return found
 
 

@@ -28,6 +28,7 @@ from qlora_pl.exporting.gguf_file import (
     stop_ids,
 )
 from qlora_pl.exporting.llama_tokens import compare_with_llama_cpp
+from qlora_pl.exporting.merging import merge_into
 from qlora_pl.exporting.options import ExportOptions
 from qlora_pl.exporting.parity import (
     check_parity,
@@ -114,7 +115,7 @@ def _write_model(
     refuse_unscored(source, options)
     if source.adapters:
         folder, shown = place / MERGED_FOLDER, final / MERGED_FOLDER
-        texts.append(_merge(choice, options, folder))
+        texts.append(merge_into(folder, choice, options))
     else:
         folder = shown = locate_base(source.base, source.revision, choice.cache_dir)
         refuse_packed_base(folder, source.base)
@@ -138,18 +139,6 @@ def _write_model(
         texts=texts,
         record={"form": "merged", "outtype": options.outtype, "stop_token_ids": stops},
     )
-
-
-def _merge(choice: ModelChoice, options: ExportOptions, folder: Path) -> str:
-    from qlora_pl.merging.merge import MergeOptions, merge
-
-    merging = MergeOptions(
-        output=str(folder),
-        score_tokens=options.score_tokens,
-        threshold=options.threshold,
-        force=options.force,
-    )
-    return merge(choice, merging).rpartition("\n\nmerge:")[0]
 
 
 def _write_adapter(

@@ -18,6 +18,7 @@ from typing import Any
 
 from qlora_pl.data.encoding.served_template import served_tokenizer
 from qlora_pl.errors import ConfigurationError, HardwareError
+from qlora_pl.exporting.merging import merge_into
 from qlora_pl.exporting.options import ExportOptions
 from qlora_pl.exporting.parity import check_parity, served_encoder, tokenizer_folder_ids
 from qlora_pl.files import atomic_folder, sha256_file, write_atomic, write_json
@@ -72,7 +73,7 @@ def export_hub(source: ModelSource, choice: ModelChoice, options: ExportOptions)
         ways = {"the chat template": tokenizer_folder_ids(tokenizer)}
         parity = check_parity(encoder, ways, folder)
         for path in sorted(tokenizer.rglob("*")):
-            if path.is_file() and _is_allowed(str(path.relative_to(tokenizer))):
+            if path.is_file() and _matches(str(path.relative_to(tokenizer)), ALLOWED):
                 target = place / path.relative_to(tokenizer)
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
@@ -97,16 +98,8 @@ def stage(source: ModelSource, choice: ModelChoice, options: ExportOptions, plac
         ConfigurationError: if there is no such folder on this machine.
     """
     if source.adapters and options.form == "merged":
-        from qlora_pl.merging.merge import MergeOptions, merge
-
         merged = place / ".merged"
-        merging = MergeOptions(
-            output=str(merged),
-            score_tokens=options.score_tokens,
-            threshold=options.threshold,
-            force=options.force,
-        )
-        merge(choice, merging)
+        merge_into(merged, choice, options)
         for path in merged.iterdir():
             path.rename(place / path.name)
         merged.rmdir()
@@ -196,10 +189,6 @@ def refuse_others(names: Iterable[str], options: ExportOptions) -> None:
     for name in names:
         if not _matches(name, kept):
             raise ConfigurationError(f"--to: '{name}' is not among the files that are pushed.")
-
-
-def _is_allowed(name: str) -> bool:
-    return _matches(name, ALLOWED)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_pl.data.encoding.encoder import Encoder
 from qlora_pl.data.encoding.served_template import comparable, encoder_joints
-from qlora_pl.data.templates.chat_template import ChatTemplate
+from qlora_pl.data.templates.chat_template import CLOCK, ChatTemplate
 from qlora_pl.data.templates.example_conversations import EXAMPLES
 from qlora_pl.data.templates.joints import Joints
 from qlora_pl.errors import ConfigurationError
@@ -75,7 +75,7 @@ def ollama_joints(encoder: Encoder) -> Joints:
     what = None
     if isinstance(encoder.template, ChatTemplate):
         source = encoder.template.definition()["jinja"]
-        what = "asks for today's date" if "strftime_now" in source else None
+        what = "asks for today's date" if CLOCK in source else None
     if what is None:
         try:
             joints = encoder_joints(encoder)

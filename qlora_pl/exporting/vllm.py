@@ -15,6 +15,7 @@ from qlora_pl.data.encoding.served_template import served_tokenizer
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.exporting.answer_settings import AnswerSettings, answer_settings
 from qlora_pl.exporting.distance import as_record, distance_over_16_bits, in_words
+from qlora_pl.exporting.merging import merge_into
 from qlora_pl.exporting.options import ExportOptions
 from qlora_pl.exporting.parity import check_parity, served_encoder, tokenizer_folder_ids
 from qlora_pl.exporting.plain_adapter import plain_adapter
@@ -45,6 +46,8 @@ class Served:
     texts: tuple[str, ...] = ()
     """What there is to know, a paragraph each."""
     record: tuple[tuple[str, object], ...] = ()
+    has_packed_base: bool = False
+    """Whether an adapter's base is stored in 4 or 8 bits."""
 
 
 def export_vllm(source: ModelSource, choice: ModelChoice, options: ExportOptions) -> str:
@@ -69,7 +72,7 @@ def export_vllm(source: ModelSource, choice: ModelChoice, options: ExportOptions
             parity.in_words(),
             *_left_out(settings),
             NOT_RUN,
-            _how_to_run(served, source, settings, output, choice),
+            _how_to_run(served, source, settings, output),
         ]
         card = "\n\n".join(texts)
         write_json(
@@ -90,15 +93,7 @@ def _write(
     if not source.adapters:
         return Served(source.base, record=(("form", "model"),))
     if options.form == "merged":
-        from qlora_pl.merging.merge import MergeOptions, merge
-
-        merging = MergeOptions(
-            output=str(place / MODEL_FOLDER),
-            score_tokens=options.score_tokens,
-            threshold=options.threshold,
-            force=options.force,
-        )
-        text = merge(choice, merging).rpartition("\n\nmerge:")[0]
+        text = merge_into(place / MODEL_FOLDER, choice, options)
         return Served(str(output / MODEL_FOLDER), texts=(text,), record=(("form", "merged"),))
     return _write_adapter(source, choice, options, place, output)
 
@@ -118,7 +113,8 @@ def _write_adapter(
             "now: vLLM reads one alpha and one rank for all."
         )
     found = None
-    if not is_prequantized(locate_base(source.base, source.revision, choice.cache_dir)):
+    is_packed = is_prequantized(locate_base(source.base, source.revision, choice.cache_dir))
+    if not is_packed:
         found = distance_over_16_bits(source, choice, options.score_tokens, place)
         texts.append(in_words(found, options.threshold))
     return Served(
@@ -129,6 +125,7 @@ def _write_adapter(
         ),
         texts=tuple(texts),
         record=(("form", "adapter"), ("rank", plain.rank), ("score", as_record(found))),
+        has_packed_base=is_packed,
     )
 
 
@@ -172,9 +169,7 @@ def serve_command(
     return shlex.join(words)
 
 
-def _how_to_run(
-    served: Served, source: ModelSource, settings: AnswerSettings, output: Path, choice: ModelChoice
-) -> str:
+def _how_to_run(served: Served, source: ModelSource, settings: AnswerSettings, output: Path) -> str:
     on_hub = source.revision if not Path(served.model).is_absolute() else None
 
     def command(*more: str) -> str:
@@ -185,9 +180,7 @@ def _how_to_run(
         "    curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' "
         f'-d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\''
     )
-    if served.words and is_prequantized(
-        locate_base(source.base, source.revision, choice.cache_dir)
-    ):
+    if served.has_packed_base:
         lines = ["Serve it over the base as it is stored:", "", command()]
     elif served.words:
         lines = [

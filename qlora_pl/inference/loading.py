@@ -19,7 +19,8 @@ from qlora_pl.data.templates.loading import load_template
 from qlora_pl.errors import AdapterFolderError
 from qlora_pl.inference.machine import Place
 from qlora_pl.inference.source import KEY, ModelSource
-from qlora_pl.modeling.adapters.lora import keep_adapters_in, settle_adapters
+from qlora_pl.modeling.adapters.lora import keep_adapters_in
+from qlora_pl.modeling.adapters.settled import settle_adapters
 from qlora_pl.modeling.base.encoder_decoder import is_encoder_decoder
 from qlora_pl.modeling.base.identity import BaseIdentity, identify_base, refuse_unpinned_code
 from qlora_pl.modeling.base.prequantized import make_plan
@@ -74,7 +75,8 @@ class Model:
             return
         model: Any = self.model
         if name is not None:
-            model.set_adapter(name)
+            if model.active_adapter != name:  # a walk over all layers, for every prompt
+                model.set_adapter(name)
             yield model
             return
         with model.disable_adapter(), self._own_biases():

@@ -19,12 +19,10 @@ from qlora_pl.inference.source import ModelChoice, ModelSource
 from qlora_pl.modeling.base.encoder_decoder import auto_class
 from qlora_pl.modeling.base.identity import BaseIdentity
 from qlora_pl.modeling.base.prequantized import is_prequantized
-from qlora_pl.modeling.base.quantization import resolve_compute_dtype
 from qlora_pl.modeling.base.quantization_plan import QuantizationPlan
-from qlora_pl.modeling.loading.base_loading import keep_gradients_on_cpu, unquantized_dtype
-from qlora_pl.modeling.loading.copy_making import make_copy
+from qlora_pl.modeling.loading.base_loading import keep_gradients_on_cpu
+from qlora_pl.modeling.loading.copy_making import packed_copy
 from qlora_pl.modeling.loading.host_memory import large_blocks_apart, release_freed_memory
-from qlora_pl.modeling.loading.packed_cache import packed_folder, verify_packed
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +59,15 @@ def _make_packed_copy(
     config = source.quantization
     if not (config.is_quantized and config.cache) or is_prequantized(identity.folder):
         return
-    dtype = unquantized_dtype(config, resolve_compute_dtype(config.compute_dtype, device))
-    folder = packed_folder(identity, config, dtype, device, choice.cache_dir)
-    if verify_packed(folder):
-        return
     try:
-        make_copy(identity, config, plan, folder, device, "auto", choice.trust_remote_code)
+        packed_copy(
+            identity,
+            config,
+            plan,
+            device,
+            choice.cache_dir,
+            trust_remote_code=choice.trust_remote_code,
+        )
     except QLoRAError as error:  # no room for a copy: it is packed in memory
         logger.warning("%s", error)
 

@@ -18,10 +18,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    model.eval()
+    if any(modes.values()):
+        model.eval()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         for module, mode in modes.items():
-            module.training = mode
+            if module.training != mode:  # setting it takes longer than asking
+                module.training = mode

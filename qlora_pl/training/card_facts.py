@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.data.reading.named_datasets import DATASETS, NamedDataset
 from qlora_pl.data.reading.source_config import SourceConfig
+from qlora_pl.data.templates.chat_template import CLOCK
 from qlora_pl.errors import QLoRAError
 from qlora_pl.modeling.folders.card_sections import QUESTION, chosen
 from qlora_pl.modeling.folders.licences import base_licence
@@ -49,8 +50,6 @@ SETTINGS = (
     "data.tokens_per_batch",
 )
 """Keys of ``run.yaml`` that a card shows; the rest is in the file, which lies beside it."""
-CLOCK = "strftime_now"
-"""What a chat template calls to write today's date into every prompt."""
 
 
 def lasting_facts(module: Any, data: Any, run_yaml: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from notebook_cells import assert_clean, code_cells, printed
 
 pytest.importorskip("gradio", reason="the notebook shows the page: pip install 'qlora-pl[web]'")
 
@@ -28,14 +29,6 @@ except Exception as error:
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # Jupyter's own, on its way to other loops
 
 
-def code_cells(notebook: Any) -> dict[str, Any]:
-    return {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
-
-
-def printed(cell: Any) -> str:
-    return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
-
-
 @pytest.fixture
 def notebook() -> Any:
     """The notebook as it lies in the repository."""
@@ -44,9 +37,8 @@ def notebook() -> Any:
 
 def test_the_chat_notebook_is_kept_clean(notebook: Any) -> None:
     nbformat.validate(notebook)
+    assert_clean(notebook)
     for cell in code_cells(notebook).values():
-        assert not cell.outputs, f"clear the outputs of '{cell.id}'"
-        assert cell.execution_count is None, f"clear the execution count of '{cell.id}'"
         assert not re.search(r"^\s*(def|class) |lambda|share=True", cell.source, re.MULTILINE)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\(([^)#]+)\)", text):

@@ -13,11 +13,12 @@ import torch
 from adapter_runs import IDS, fit
 from conftest import save_base
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_pl.errors import AdapterFolderError, QLoRAError
 from qlora_pl.inference.loading import Model, load
 from qlora_pl.inference.source import BASE, ModelChoice, resolve_source
-from qlora_pl.modeling.adapters.lora import SettlingLinear
+from qlora_pl.modeling.adapters.settled import SettlingLinear
 from qlora_pl.modeling.parameters import trainable_tensors
 
 CPU = torch.device("cpu")
@@ -130,6 +131,39 @@ def test_adapters_that_are_cast_once_give_the_bytes_of_those_cast_for_every_toke
     for loaded, kept in ((answering, getattr(torch, compute)), (exact, torch.float32)):
         tensors = [t for n, t in loaded.model.named_parameters() if "lora_" in n]
         assert {tensor.dtype for tensor in tensors} == {kept}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_settled_adapters_take_fewer_operations_and_leave_other_ways_to_peft(adapter: Path) -> None:
+    source = resolve_source(ModelChoice(adapter=(str(adapter),)))
+    counts, num_layers = [], 0
+    for is_exact in (False, True):
+        loaded = load(source, CPU, is_exact=is_exact)
+        kinds = {type(module).__name__ for module in loaded.model.modules()}
+        assert ("SettledLinear4bit" in kinds) != is_exact
+        logits(loaded.model)  # casts once
+        with Operations() as operations:
+            logits(loaded.model)
+        counts.append(operations.count)
+        if is_exact:
+            continue
+        layers = [m for m in loaded.model.modules() if type(m).__name__ == "SettledLinear4bit"]
+        layer, num_layers = layers[0], len(layers)
+        given = torch.randn(2, 3, layer.in_features).bfloat16()
+        with torch.no_grad():
+            own = layer(given)
+            assert torch.equal(layer(given, adapter_names=["adapter", "adapter"]), own)
+            assert not torch.equal(layer(given, adapter_names=["__base__", "adapter"]), own)
+    assert counts[1] - counts[0] == num_layers  # PEFT copies each base layer's output
 
 
 def test_the_product_of_a_single_token_is_the_exact_one_rounded_once() -> None:

@@ -21,6 +21,8 @@ from qlora_pl.data.templates.template import (
 from qlora_pl.errors import ConfigurationError
 
 Messages = Sequence[Message]
+CLOCK = "strftime_now"
+"""What a template calls to write today's date into every prompt."""
 
 
 class ChatTemplate(PromptTemplate):

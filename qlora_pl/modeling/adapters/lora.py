@@ -150,38 +150,6 @@ class CastingLinear(nn.Linear):
         return functional.linear(input, self.weight.to(input.dtype), bias)
 
 
-class SettlingLinear(CastingLinear):
-    """The same, of a model that only answers: cast once, at its first product, instead of each.
-
-    Products have the same bytes, since a layer's inputs are all of one type. Only those of a single
-    token on a CPU are taken in float32 and rounded afterwards, which sums the same numbers in
-    another order: a product in bfloat16 has a fixed cost there that is twice as large as this one.
-    """
-
-    _wide: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``(..., in_features)`` -> ``(..., out_features)``, in the type of the input."""
-        if self.weight.dtype != input.dtype:
-            self.to(input.dtype)
-        is_single = input.numel() == self.in_features and self.bias is None
-        if is_single and input.dtype == torch.bfloat16 and input.device.type == "cpu":
-            if self._wide is None:
-                self._wide = self.weight.float()
-            return functional.linear(input.float(), self._wide).to(input.dtype)
-        return super().forward(input)
-
-
-def settle_adapters(model: nn.Module) -> None:
-    """Let adapters take the type they multiply in, for good: nobody trains or saves them then.
-
-    Casting all of them for every token takes a seventh of the time of a small model on a CPU.
-    """
-    for module in model.modules():
-        if isinstance(module, CastingLinear):
-            module.__class__ = SettlingLinear
-
-
 def resolve_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """The full names of the modules to adapt.
 

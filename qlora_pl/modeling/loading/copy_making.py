@@ -33,8 +33,50 @@ from qlora_pl.modeling.loading.base_loading import (
     from_pretrained,
     unquantized_dtype,
 )
-from qlora_pl.modeling.loading.packed_cache import CopyFailed, new_copy
+from qlora_pl.modeling.loading.packed_cache import (
+    CopyFailed,
+    new_copy,
+    packed_folder,
+    verify_packed,
+)
 from qlora_pl.modeling.loading.replacement import planned_replacement
+
+
+def packed_copy(
+    identity: BaseIdentity,
+    config: QuantizationConfig,
+    plan: QuantizationPlan,
+    device: torch.device,
+    cache_dir: str | None = None,
+    attn_implementation: AttentionKernel = "auto",
+    trust_remote_code: bool = False,
+    may_make: bool = True,
+) -> tuple[Path, bool]:
+    """Where the packed copy of a base lies, which is made if there is none that is whole.
+
+    Args:
+        identity: What is packed.
+        config: How.
+        plan: From ``make_plan``.
+        device: Whose rounding the copy has.
+        cache_dir: See ``cache_root``.
+        attn_implementation: See ``QLoRAModule``.
+        trust_remote_code: Whether Python code in the model's folder may run.
+        may_make: False where another process makes it.
+
+    Returns:
+        Its folder, and whether it was made now.
+
+    Raises:
+        ConfigurationError: if a matrix is missing, or was not quantised as planned.
+        HardwareError: if the copy cannot be written.
+    """
+    dtype = unquantized_dtype(config, resolve_compute_dtype(config.compute_dtype, device))
+    folder = packed_folder(identity, config, dtype, device, cache_dir)
+    is_made = may_make and not verify_packed(folder)
+    if is_made:
+        make_copy(identity, config, plan, folder, device, attn_implementation, trust_remote_code)
+    return folder, is_made
 
 
 def make_copy(

@@ -28,9 +28,9 @@ from qlora_pl.modeling.loading.base_loading import (
     keep_gradients_on_cpu,
     unquantized_dtype,
 )
-from qlora_pl.modeling.loading.copy_making import make_copy
+from qlora_pl.modeling.loading.copy_making import packed_copy
 from qlora_pl.modeling.loading.host_memory import large_blocks_apart, release_freed_memory
-from qlora_pl.modeling.loading.packed_cache import packed_folder, read_packed, verify_packed
+from qlora_pl.modeling.loading.packed_cache import read_packed
 from qlora_pl.modeling.loading.packed_model import (
     NamedTensors,
     empty_model,
@@ -131,10 +131,17 @@ def load_sharded(
     device = sharing.device
     compute_dtype = resolve_compute_dtype(config.compute_dtype, device)
     dtype = unquantized_dtype(config, compute_dtype)
-    copy = packed_folder(identity, config, dtype, device, cache_dir)
-    is_made = sharing.makes_copy and not verify_packed(copy)
+    copy, is_made = packed_copy(
+        identity,
+        config,
+        plan,
+        device,
+        cache_dir,
+        attn_implementation,
+        trust_remote_code,
+        may_make=sharing.makes_copy,
+    )
     if is_made:
-        make_copy(identity, config, plan, copy, device, attn_implementation, trust_remote_code)
         release_freed_memory(of_cycles=True)
     sharing.barrier()
     packing = bitsandbytes_config(config, compute_dtype, plan) if config.is_quantized else None

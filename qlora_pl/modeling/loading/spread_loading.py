@@ -27,8 +27,8 @@ from qlora_pl.modeling.loading.base_loading import (
     keep_gradients_on_cpu,
     unquantized_dtype,
 )
-from qlora_pl.modeling.loading.copy_making import make_copy
-from qlora_pl.modeling.loading.packed_cache import packed_folder, read_packed, verify_packed
+from qlora_pl.modeling.loading.copy_making import packed_copy
+from qlora_pl.modeling.loading.packed_cache import read_packed
 from qlora_pl.modeling.loading.packed_model import empty_model, fill, refuse_empty
 from qlora_pl.modeling.loading.replacement import planned_replacement
 
@@ -62,10 +62,9 @@ def load_spread(
     first = next(iter(memory))
     compute_dtype = resolve_compute_dtype(config.compute_dtype, first)
     dtype = unquantized_dtype(config, compute_dtype)
-    copy = packed_folder(identity, config, dtype, first, cache_dir)
-    is_made = not verify_packed(copy)
-    if is_made:
-        make_copy(identity, config, plan, copy, first, "auto", trust_remote_code)
+    copy, is_made = packed_copy(
+        identity, config, plan, first, cache_dir, trust_remote_code=trust_remote_code
+    )
     packing = bitsandbytes_config(config, compute_dtype, plan) if config.is_quantized else None
     with planned_replacement(plan, config, compute_dtype):
         model: Any = empty_model(identity.folder, packing, dtype, None, trust_remote_code)
