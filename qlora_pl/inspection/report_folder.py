@@ -56,8 +56,12 @@ def write_report(folder: Path, page: str, summary: str, numbers: Mapping[str, An
     folder.mkdir(exist_ok=True)
     write_atomic(folder / PAGE, page)
     write_atomic(folder / SUMMARY, summary + "\n")
-    # NaN is no JSON: what has no number is null.
-    write_atomic(folder / NUMBERS, json.dumps(_finite(numbers), indent=1, allow_nan=False) + "\n")
+    write_atomic(folder / NUMBERS, as_json(numbers) + "\n")
+
+
+def as_json(numbers: Mapping[str, Any]) -> str:
+    """Numbers as JSON; what is NaN or infinite, which JSON has no word for, is null."""
+    return json.dumps(_finite(numbers), indent=1, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.flags import Flags
-from qlora_pl.inspection.report_folder import refuse_other_contents, write_report
+from qlora_pl.inspection.report_folder import as_json, refuse_other_contents, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def inspect_adapter(words: Sequence[str]) -> int:
     numbers = report(options)
     text, plain = summary(numbers), numbers.to_plain()
     write_report(output, page(numbers), text, plain)
-    print(json.dumps(plain, indent=2, default=str) if options.json else text)
+    print(as_json(plain) if options.json else text)
     if numbers.damage:
         raise ConfigurationError(
             [f"--adapter: {problem}" for problem in numbers.damage]

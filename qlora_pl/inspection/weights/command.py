@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.flags import Flags
-from qlora_pl.inspection.report_folder import refuse_other_contents, write_report
+from qlora_pl.inspection.report_folder import as_json, refuse_other_contents, write_report
 from qlora_pl.inspection.weights.formats import BLOCK_SIZES, KINDS, Format, formats_of
 
 logger = logging.getLogger(__name__)
@@ -20,7 +19,7 @@ DESCRIPTION = """Measure what each way to quantise a base changes: weights, matr
 without loading it; and with rows, the outputs of its modules and what it says. Writes report.html,
 report.md and report.json into a folder, and prints the summary."""
 SUBJECT = "model"
-TOKENS = 1024
+TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ def inspect_model(words: Sequence[str]) -> int:
         numbers = report(options, formats)
     text, plain = summary(numbers), numbers.to_plain()
     write_report(output, page(numbers), text, plain)
-    print(json.dumps(plain, indent=2, default=str) if options.json else text)
+    print(as_json(plain) if options.json else text)
     logger.info("inspect: %s", output / "report.html")
     return 0
 

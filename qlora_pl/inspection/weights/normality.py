@@ -19,6 +19,8 @@ NEURONS = 1024
 """Of a matrix that are tested at most, evenly spread."""
 MOST_WEIGHTS = 5000
 """Of a neuron that enter the test, evenly spread: what Royston's p-values were fitted up to."""
+ROWS = 1024
+"""That are standardised at a time."""
 OUTLIER = 5.0
 """Standard deviations of its own row beyond which a weight is called one: 6 in 10 million normal
 ones lie there."""
@@ -47,26 +49,35 @@ def normality(matrix: Tensor) -> Normality:
         matrix: ``(out, in)`` float32; a row is what makes one output. Rows of equal weights, which
             have no distribution, are left out.
     """
-    centred = matrix - matrix.mean(dim=1, keepdim=True)
+    chosen = _spread(len(matrix), NEURONS, matrix.device)
+    kurtosis = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    alive = outliers = beside = 0
+    for rows in matrix.split(ROWS):
+        scaled = _standardised(rows)
+        is_outlier = scaled.abs() > OUTLIER
+        blocks = [part.any(dim=1).sum() * part.shape[1] for part in is_outlier.split(BLOCK_SIZE, 1)]
+        alive += len(scaled)
+        kurtosis += scaled.pow(4).mean(dim=1).double().sum()
+        outliers += int(is_outlier.sum())
+        beside += int(torch.stack(blocks).sum())
+    tested = _standardised(matrix[chosen])
+    tested = tested[:, _spread(tested.shape[1], MOST_WEIGHTS, tested.device)]
+    p_values = shapiro_wilk(tested)[1]
+    return Normality(
+        neurons=len(tested),
+        non_normal=int((p_values < SIGNIFICANCE).sum()),
+        kurtosis=float(kurtosis) / alive - 3 if alive else 0.0,
+        outliers=outliers,
+        weights_beside_outliers=beside,
+    )
+
+
+def _standardised(rows: Tensor) -> Tensor:
+    """Rows of mean 0 and variance 1, without those that have no variance."""
+    centred = rows - rows.mean(dim=1, keepdim=True)
     variance = centred.square().mean(dim=1, keepdim=True)
     alive = (variance > 0).flatten()
-    if not alive.any():
-        return Normality(
-            neurons=0, non_normal=0, kurtosis=0.0, outliers=0, weights_beside_outliers=0
-        )
-    scaled = centred[alive] / variance[alive].sqrt()
-    is_outlier = scaled.abs() > OUTLIER
-    blocks = [chunk.any(dim=1).sum() * chunk.shape[1] for chunk in is_outlier.split(BLOCK_SIZE, 1)]
-    rows = scaled[_spread(len(scaled), NEURONS, scaled.device)]
-    rows = rows[:, _spread(rows.shape[1], MOST_WEIGHTS, rows.device)]
-    p_values = shapiro_wilk(rows)[1]
-    return Normality(
-        neurons=len(rows),
-        non_normal=int((p_values < SIGNIFICANCE).sum()),
-        kurtosis=float(scaled.pow(4).mean(dim=1).mean()) - 3,
-        outliers=int(is_outlier.sum()),
-        weights_beside_outliers=int(torch.stack(blocks).sum()),
-    )
+    return centred[alive] / variance[alive].sqrt()
 
 
 def _spread(size: int, most: int, device: torch.device) -> Tensor:
