@@ -32,7 +32,7 @@ OTHER_COMMANDS = {
     "merge": "Put an adapter into its base, and measure what that changes.",
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
     "plan": "Say what a run takes of a GPU's memory, how long and at what price, without a GPU.",
-    "inspect": "inspect data: look at the rows that fit would train on, without a model.",
+    "inspect": "Look at a run's rows (data), a base (model) or an adapter before using it.",
     "bench": "Measure speed, memory and time by part, of a run or of a known shape.",
     "smoke": "Try a run, shrunken, on the CPU: what would fail later fails now.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
@@ -173,6 +173,7 @@ def run_with_adapter(command: str) -> int:
 
 def run_inspect() -> int:
     """Hand over to ``inspect``, which parses a run's words with the run's parser."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quieten()
     from qlora_pl.inspection.command import inspect

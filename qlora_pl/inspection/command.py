@@ -1,4 +1,4 @@
-"""``qlora-pl inspect data``: its own few flags, and those of the run that it looks at."""
+"""``qlora-pl inspect``: which subject is meant, and ``inspect data``'s own flags."""
 
 from __future__ import annotations
 
@@ -13,10 +13,25 @@ from typing import NoReturn
 
 from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.files import write_atomic
+from qlora_pl.inspection.report_folder import signature
 
-SUBJECTS = {"data": "the rows that a run would train on: one HTML page and a summary"}
+SUBJECTS = {
+    "data": "the rows that a run would train on: one HTML page and a summary",
+    "model": "what each way to quantise a base changes, by layer and kind of module",
+    "adapter": "what an adapter changes, by layer and kind of module; or how two are alike",
+}
 DEFAULT_OUTPUT = "inspect-data.html"
 OWN_FLAGS = ("row", "rows", "output", "json", "help")
+OVERVIEW = "\n".join(
+    [
+        "usage: qlora-pl inspect SUBJECT [flags]",
+        "",
+        "subjects:",
+        *(f"  {name:9}{text}" for name, text in SUBJECTS.items()),
+        "",
+        "qlora-pl inspect SUBJECT --help",
+    ]
+)
 HELP = f"""usage: qlora-pl inspect data --config FILE [--KEY VALUE ...] [flags]
 
 Reads what `qlora-pl fit` would read with the same words; no weights, no GPU. Writes one page that
@@ -44,14 +59,26 @@ def inspect(words: Sequence[str]) -> int:
         DatasetFormatError: if they could not.
     """
     subject = words[0] if words else "--help"
-    if subject in ("-h", "--help", "help") or words[1:2] in (["-h"], ["--help"]):
-        print(HELP)
+    if subject in ("-h", "--help", "help"):
+        print(OVERVIEW)
         return 0
     if subject not in SUBJECTS:
         end = did_you_mean(subject, SUBJECTS)
         raise ConfigurationError(
             f"inspect: nothing is called '{subject}' (there is {', '.join(SUBJECTS)}){end}"
         )
+    # Imported here: the rows of a run are looked at without bitsandbytes and PEFT.
+    if subject == "model":
+        from qlora_pl.inspection.weights.command import inspect_model
+
+        return inspect_model(words[1:])
+    if subject == "adapter":
+        from qlora_pl.inspection.adapters.command import inspect_adapter
+
+        return inspect_adapter(words[1:])
+    if words[1:2] in (["-h"], ["--help"]):
+        print(HELP)
+        return 0
     return inspect_data(*_parse(words[1:]))
 
 
@@ -138,5 +165,5 @@ def _refuse_output(output: Path) -> None:
         )
 
 
-SIGNATURE = '<meta name="generator" content="qlora-pl inspect data">'
+SIGNATURE = signature("data")
 """By which a page of this command is told from any other file."""

@@ -16,6 +16,7 @@ from qlora_pl.inspection.drawings import LINES_SHOWN, batch_drawing, histogram
 from qlora_pl.inspection.numbers import DataNumbers
 from qlora_pl.inspection.outcomes import outcomes
 from qlora_pl.inspection.repetition import DEFINITIONS, Repetition
+from qlora_pl.inspection.report_folder import signature
 from qlora_pl.inspection.token_markup import tokens_markup
 from qlora_pl.inspection.traced_rows import ShownRow
 
@@ -50,6 +51,7 @@ def page(numbers: DataNumbers, rows: Sequence[ShownRow]) -> str:
     footer = f"<footer>Written by qlora-pl {escape(numbers.version)} inspect data.</footer>"
     folder = files("qlora_pl.inspection")
     return Template((folder / "page.html").read_text("utf-8")).substitute(
+        signature=signature("data"),
         title=escape(f"{numbers.run}: what is trained on"),
         style=(folder / "page.css").read_text("utf-8"),
         body="\n".join([_head(numbers), *sections, footer]),

@@ -93,7 +93,10 @@ def test_the_quickstart_is_without_fault(
 
 
 BAD_WORDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "subject": (("dta",), "inspect: nothing is called 'dta' (there is data); did you mean 'data'?"),
+    "subject": (
+        ("dta",),
+        "inspect: nothing is called 'dta' (there is data, model, adapter); did you mean 'data'?",
+    ),
     "own flag": (
         ("data", "--ouput", "x"),
         "inspect: no flag is called '--ouput'; did you mean '--output'?",

@@ -1,0 +1,1 @@
+"""What an adapter changes, matrix by matrix: `qlora-pl inspect adapter`."""

@@ -1,0 +1,1 @@
+"""What quantising a base costs, matrix by matrix: `qlora-pl inspect model`."""
