@@ -30,6 +30,7 @@ OTHER_COMMANDS = {
     "merge": "Put an adapter into its base, and measure what that changes.",
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
+    "doctor": "Look at this machine as a run would, and say what that means for training.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
@@ -82,6 +83,8 @@ def main() -> int:
             return run_trainer_command()
         if command in ("generate", "chat", "serve", "merge", "export"):
             return run_with_adapter(command)
+        if command == "doctor":
+            return run_doctor()
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
         fail(str(error))
@@ -144,6 +147,13 @@ def run_inspect() -> int:
     from qlora_pl.inspection.command import inspect
 
     return inspect(sys.argv[2:])
+
+
+def run_doctor() -> int:
+    """Hand over to ``doctor``, which imports nothing heavy: it must answer where imports crash."""
+    from qlora_pl.doctor.command import doctor
+
+    return doctor(sys.argv[2:])
 
 
 def run_prove_resume() -> int:
