@@ -31,6 +31,7 @@ OTHER_COMMANDS = {
     "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
     "inspect": "inspect data: look at the rows that fit would train on, without a model.",
     "doctor": "Look at this machine as a run would, and say what that means for training.",
+    "explain": "explain KEY: what a key of a run means, where it acts, what it goes with.",
     "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
 }
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
@@ -85,6 +86,8 @@ def main() -> int:
             return run_with_adapter(command)
         if command == "doctor":
             return run_doctor()
+        if command == "explain":
+            return run_explain()
         return run_inspect() if command == "inspect" else run_prove_resume()
     except QLoRAError as error:
         fail(str(error))
@@ -154,6 +157,14 @@ def run_doctor() -> int:
     from qlora_pl.doctor.command import doctor
 
     return doctor(sys.argv[2:])
+
+
+def run_explain() -> int:
+    """Hand over to ``explain``."""
+    quieten()
+    from qlora_pl.explaining.command import explain
+
+    return explain(sys.argv[2:])
 
 
 def run_prove_resume() -> int:
