@@ -1,4 +1,4 @@
-"""The command table: ``qlora-pl COMMAND ...``.
+"""``qlora-pl COMMAND ...``: from the words of a command line to the command.
 
 Imports only what the command needs, so that ``qlora-pl --help`` answers at once: torch alone takes
 longer to import than a person waits without wondering.
@@ -16,29 +16,9 @@ from collections.abc import MutableMapping
 from importlib.metadata import PackageNotFoundError, version
 
 from qlora_pl import __version__
+from qlora_pl.commands import COMMANDS, OTHER_COMMANDS, TRAINER_COMMANDS
 from qlora_pl.errors import QLoRAError, did_you_mean
 from qlora_pl.redaction import RedactingFormatter, print_redacted_traceback, redact
-
-TRAINER_COMMANDS = {
-    "fit": "Train LoRA adapters on a 4-bit base.",
-    "validate": "Loss and perplexity on the validation rows.",
-    "test": "Loss and perplexity on the test rows.",
-    "predict": "Answer the prompts of the validation rows, into predictions.jsonl.",
-}
-OTHER_COMMANDS = {
-    "generate": "Answer prompts with an adapter folder, or with a model alone.",
-    "chat": "Talk to an adapter, or to a model alone, in the terminal or on a page.",
-    "serve": "Answer HTTP requests in OpenAI's format with an adapter, or a model alone.",
-    "merge": "Put an adapter into its base, and measure what that changes.",
-    "export": "Write an adapter or a model for vLLM, llama.cpp, Ollama or the Hub.",
-    "plan": "Say what a run takes of a GPU's memory, how long and at what price, without a GPU.",
-    "inspect": "Look at a run's rows (data), a base (model) or an adapter before using it.",
-    "bench": "Measure speed, memory and time by part, of a run or of a known shape.",
-    "smoke": "Try a run, shrunken, on the CPU: what would fail later fails now.",
-    "prove-resume": "Kill and resume a few steps of a run, and compare every byte with the whole.",
-}
-COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
-
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Where torch reads the settings of its allocator from; the first has had effect since 2.11 only
@@ -88,15 +68,7 @@ def main() -> int:
     try:
         if command in TRAINER_COMMANDS:
             return run_trainer_command()
-        if command == "plan":
-            return run_plan()
-        if command in ("generate", "chat", "serve", "merge", "export"):
-            return run_with_adapter(command)
-        if command == "bench":
-            return run_bench()
-        if command == "smoke":
-            return run_smoke()
-        return run_inspect() if command == "inspect" else run_prove_resume()
+        return run_other_command(command)
     except QLoRAError as error:
         fail(str(error))
         return error.exit_code
@@ -145,80 +117,16 @@ def prefer_expandable_segments(variables: MutableMapping[str, str]) -> None:
     variables[name] = "expandable_segments:True"
 
 
-def run_with_adapter(command: str) -> int:
-    """Hand over to a command that needs an adapter folder, and no configuration of a run."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def run_other_command(name: str) -> int:
+    """Hand over to a command that is not Lightning's, with the words that follow it."""
+    command = OTHER_COMMANDS[name]
+    if command.loads_torch:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if command.trains:
+        prefer_expandable_segments(os.environ)
     quieten()
-    if command == "merge":
-        from qlora_pl.merging.merge import merge_command
-
-        return merge_command(sys.argv[2:])
-    if command == "export":
-        from qlora_pl.exporting.command import export_command
-
-        return export_command(sys.argv[2:])
-    if command == "chat":
-        from qlora_pl.chat.command import chat_command
-
-        return chat_command(sys.argv[2:])
-    if command == "serve":
-        from qlora_pl.serving.command import serve_command
-
-        return serve_command(sys.argv[2:])
-    from qlora_pl.inference.generate import generate_command
-
-    return generate_command(sys.argv[2:])
-
-
-def run_inspect() -> int:
-    """Hand over to ``inspect``, which parses a run's words with the run's parser."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quieten()
-    from qlora_pl.inspection.command import inspect
-
-    return inspect(sys.argv[2:])
-
-
-def run_bench() -> int:
-    """Hand over to ``bench``, which trains a few steps and measures them."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Both sides of a comparison, and any run whose memory is measured: fewer holes in it.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    quieten()
-    from qlora_pl.benching.command import bench_command
-
-    return bench_command(sys.argv[2:])
-
-
-def run_plan() -> int:
-    """Hand over to ``plan``, which imports the parser of runs only for a training file."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quieten()
-    from qlora_pl.planning.command import plan_command
-
-    return plan_command(sys.argv[2:])
-
-
-def run_smoke() -> int:
-    """Hand over to ``smoke``, which starts ``fit`` and others in processes of their own."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run_trainer_command
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quieten()
-    from qlora_pl.smoke.command import smoke
-
-    return smoke(sys.argv[2:])
-
-
-def run_prove_resume() -> int:
-    """Hand over to ``prove-resume``, which starts ``fit`` in processes of their own."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quieten()
-    from qlora_pl.proof.command import prove_resume
-
-    return prove_resume(sys.argv[2:])
+    return command.entry()(sys.argv[2:])
 
 
 def disk_failed(error: OSError) -> str:

@@ -21,8 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from qlora_pl.data.batches.global_batch import settle_accumulation
-from qlora_pl.data.batches.largest_batch import AUTO
+from qlora_pl.data.batches.global_batch import AUTO, settle_accumulation
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError

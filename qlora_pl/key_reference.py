@@ -1,4 +1,4 @@
-"""Every key of a run, read off the very parser of a run -> docs/configuration.md.
+"""Every key of a run, read off its very parser -> docs/configuration.md, and `qlora-pl explain`.
 
     python -m qlora_pl.key_reference > docs/configuration.md
 
@@ -109,12 +109,19 @@ def run_parser() -> Any:
     return RunReader(["fit", *required])._subcommand_parsers["fit"]
 
 
-def read_keys(parser: Any) -> Iterator[Key]:
-    """The keys of a parser, without Lightning's own of which this project changes nothing."""
+def read_keys(parser: Any, with_all_of_lightnings: bool = False) -> Iterator[Key]:
+    """The keys of a parser, in its order.
+
+    Args:
+        parser: Of a run, or of one of its classes.
+        with_all_of_lightnings: Whether those of Lightning's are among them of which this project
+            changes nothing.
+    """
     for action in parser._actions:
         hint = getattr(action, "_typehint", None)
         group, _, leaf = action.dest.rpartition(".")
-        if hint is None or (group.startswith("trainer") and leaf not in TRAINER_DEFAULTS):
+        is_lightnings = group.startswith("trainer") and leaf not in TRAINER_DEFAULTS
+        if hint is None or leaf == "help" or (is_lightnings and not with_all_of_lightnings):
             continue
         is_required = action.default is None and type(None) not in get_args(hint)
         default = "must be set" if is_required else f"`{in_yaml(action.default)}`"
@@ -136,7 +143,7 @@ def in_words(hint: Any) -> str:
     if origin in (list, tuple):
         has_length = origin is tuple and ... not in arguments
         return f"{len(inner)} {inner[0]}s" if has_length else f"list of {inner[0]}"
-    return NAMES[hint]
+    return NAMES.get(hint) or str(getattr(hint, "__name__", hint)).replace("typing.", "")
 
 
 def in_yaml(value: Any) -> str:

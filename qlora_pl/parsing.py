@@ -16,6 +16,9 @@ import yaml
 
 from qlora_pl.errors import ConfigurationError, did_you_mean
 
+MOST_NAMES = 16
+"""Keys that a sentence can name and still be read."""
+
 
 def unknown_keys(parser: Any, words: list[str]) -> list[str]:
     """One sentence for each key, of files, parts and flags, that the parser does not have as given.
@@ -202,7 +205,8 @@ def _no_such_key(part: str, key: str, known: set[str]) -> str:
     last = key.rpartition(".")[2]  # the right word in the wrong group
     if homes := sorted(name for name in known if name.rpartition(".")[2] == last):
         return f"{sentence}; did you mean '{homes[0]}'?"
-    return f"{sentence} (it has {', '.join(sorted(siblings))})."
+    told = ", ".join(sorted(siblings)) if len(siblings) <= MOST_NAMES else f"{len(siblings)} others"
+    return f"{sentence} (it has {told}); qlora-pl explain{f' {group}' if group else ''} lists them."
 
 
 def _siblings(prefix: str, known: set[str]) -> set[str]:

@@ -2,18 +2,24 @@
 
 A configuration that holds one is refused, because it is written to ``run.yaml``, which must stay a
 file that runs. Whatever is said (messages, logs, tracebacks, the recorded command) is redacted.
+What is meant for strangers (a bug report) names neither people nor machines.
 """
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 REDACTED = "[redacted]"
 LEAST_LENGTH = 12
@@ -51,6 +57,48 @@ def redact(text: str) -> str:
         text = text.replace(secret, REDACTED)
     text = IN_ADDRESS.sub(REDACTED, text)
     return SHAPES.sub(REDACTED, IN_QUERY.sub(rf"\1{REDACTED}", text))
+
+
+PERSON, HOST = "[user]", "[host]"
+IMPERSONAL = frozenset({"root", "user", "users", "home", "ubuntu", "admin", "runner", "localhost"})
+"""Names that tell nothing of a person or a machine, and occur as words."""
+HOST_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_ENDPOINT", "MASTER_ADDR")
+PUBLIC_HOSTS = frozenset({"huggingface.co", "github.com", "download.pytorch.org", "127.0.0.1"})
+
+
+def anonymous(text: str) -> str:
+    """The text redacted, and without the path of the home, the user's name and names of hosts."""
+    text = redact(text)
+    with suppress(RuntimeError):  # no home can be told
+        home = Path.home()
+        for path in sorted({str(home), str(home.resolve())}, key=len, reverse=True):
+            if path != "/":
+                text = re.sub(rf"{re.escape(path)}(?=/|\b|$)", "~", text)
+    for names, label in ((_host_names(), HOST), (_user_names(), PERSON)):
+        for name in sorted(names, key=len, reverse=True):
+            word = rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])"
+            part = rf"(?<=/){re.escape(name)}(?=/|\s|$)"  # of a path: short names too
+            text = re.sub(word if len(name) > 2 else part, label, text)
+    return text
+
+
+def _user_names() -> set[str]:
+    names = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")}
+    with suppress(OSError, KeyError, ImportError):
+        names.add(getpass.getuser())
+    with suppress(RuntimeError):
+        names.add(Path.home().name)
+    return names - IMPERSONAL - {""}
+
+
+def _host_names() -> set[str]:
+    own = {socket.gethostname(), os.environ.get("HOSTNAME", "")}
+    names = {name for full in own for name in (full, full.partition(".")[0])}
+    for variable in HOST_VARIABLES:
+        for value in (os.environ.get(variable, ""), os.environ.get(variable.lower(), "")):
+            with suppress(ValueError):
+                names.add(urlsplit(value if "//" in value else f"//{value}").hostname or "")
+    return names - IMPERSONAL - PUBLIC_HOSTS - {""}
 
 
 def known_secrets() -> dict[str, str]:

@@ -26,17 +26,23 @@ class ChatOptions:
     """A system message."""
 
 
+def flags() -> Flags:
+    """The command's flags."""
+    parser = Flags("chat", DESCRIPTION)
+    parser.add_settings(ModelChoice, "which model answers")
+    parser.add_settings(ChatOptions, "how the conversation goes")
+    parser.add_settings(PageOptions, "the page in the browser")
+    parser.add_settings(DecodingConfig, "how answers are drawn")
+    return parser
+
+
 def chat_command(words: Sequence[str]) -> int:
     """Run the command with the words that follow ``chat``.
 
     Raises:
         QLoRAError: for a mistake in words or folders.
     """
-    parser = Flags("chat", DESCRIPTION)
-    parser.add_settings(ModelChoice, "which model answers")
-    parser.add_settings(ChatOptions, "how the conversation goes")
-    parser.add_settings(PageOptions, "the page in the browser")
-    parser.add_settings(DecodingConfig, "how answers are drawn")
+    parser = flags()
     given = parser.parse(words)
     choice = ModelChoice(**parser.settings(ModelChoice, given))
     decoding = DecodingConfig(**parser.settings(DecodingConfig, given))

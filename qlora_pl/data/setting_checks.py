@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_pl.data.batches.largest_batch import AUTO
+from qlora_pl.data.batches.global_batch import AUTO
 from qlora_pl.data.batches.ordering import padded_width
 
 

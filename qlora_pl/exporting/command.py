@@ -18,15 +18,21 @@ command that serves it there."""
 Exporter = Callable[[ModelSource, ModelChoice, ExportOptions], str]
 
 
+def flags() -> Flags:
+    """The command's flags."""
+    parser = Flags("export", DESCRIPTION)
+    parser.add_settings(ModelChoice, "what is exported")
+    parser.add_settings(ExportOptions, "for whom, and where it goes")
+    return parser
+
+
 def export_command(words: Sequence[str]) -> int:
     """Run the command with the words that follow ``export``.
 
     Raises:
         QLoRAError: for a mistake in words or folders, before anything long is done.
     """
-    parser = Flags("export", DESCRIPTION)
-    parser.add_settings(ModelChoice, "what is exported")
-    parser.add_settings(ExportOptions, "for whom, and where it goes")
+    parser = flags()
     given = parser.parse(words)
     options = ExportOptions(**parser.settings(ExportOptions, given))
     choice = ModelChoice(**parser.settings(ModelChoice, given))

@@ -92,6 +92,14 @@ class MergeOptions:
             raise ConfigurationError(problems)
 
 
+def flags() -> Flags:
+    """The command's flags."""
+    parser = Flags("merge", DESCRIPTION)
+    parser.add_settings(ModelChoice, "what is merged")
+    parser.add_settings(MergeOptions, "where it goes")
+    return parser
+
+
 def merge_command(words: Sequence[str]) -> int:
     """Run the command with the words that follow ``merge``.
 
@@ -99,9 +107,7 @@ def merge_command(words: Sequence[str]) -> int:
         QLoRAError: for a mistake in words or folders, before anything long is done; if there is no
             room; if the merged model is another than the trained one.
     """
-    parser = Flags("merge", DESCRIPTION)
-    parser.add_settings(ModelChoice, "what is merged")
-    parser.add_settings(MergeOptions, "where it goes")
+    parser = flags()
     given = parser.parse(words)
     options = MergeOptions(**parser.settings(MergeOptions, given))
     choice = ModelChoice(**parser.settings(ModelChoice, given))

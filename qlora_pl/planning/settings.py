@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+from qlora_pl.data.batches.global_batch import AUTO, SHARE
 from qlora_pl.planning.training_setting import Dtype, Strategy, TrainingSetting
 
-OPEN_SHARE = 16
-"""Rows of a step on each device where nothing says how many."""
 PADDED_TO = 8
 """Batches are as wide as a multiple of this."""
 
@@ -88,7 +87,7 @@ def setting_of_parts(
         double_quant=quantization.double_quant is not False,
         block_size=quantization.block_size,
         skip_modules=tuple(quantization.skip_modules),
-        compute_dtype=auto_dtype if compute == "auto" else compute,
+        compute_dtype=auto_dtype if compute == AUTO else compute,
         method=lora.method,
         r=lora.r,
         rank_pattern=dict(lora.rank_pattern),
@@ -138,6 +137,6 @@ def _asked_batch_size(data: Any) -> Any:
 def _micro_batches(data: Any, rows: int, num_devices: int) -> int:
     total = data.global_batch_size
     if total is None:
-        return OPEN_SHARE if _asked_batch_size(data) == "auto" else 1
+        return SHARE if _asked_batch_size(data) == AUTO else 1
     of_one = 1 if data.tokens_per_batch is not None else rows
     return max(1, math.ceil(total / (of_one * num_devices)))

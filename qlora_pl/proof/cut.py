@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_pl.data.batches.largest_batch import AUTO, SHARE, first_size
+from qlora_pl.data.batches.global_batch import AUTO, SHARE
+from qlora_pl.data.batches.largest_batch import first_size
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import write_json
 from qlora_pl.training.run_folder import RunConfig

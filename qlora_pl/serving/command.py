@@ -51,16 +51,22 @@ class ServeOptions:
             raise ConfigurationError(problems)
 
 
+def flags() -> Flags:
+    """The command's flags."""
+    parser = Flags("serve", DESCRIPTION)
+    parser.add_settings(ModelChoice, "which model answers")
+    parser.add_settings(ServeOptions, "where requests come from")
+    parser.add_settings(DecodingConfig, "how answers are drawn where a request does not say")
+    return parser
+
+
 def serve_command(words: Sequence[str]) -> int:
     """Run the command with the words that follow ``serve``.
 
     Raises:
         QLoRAError: for a mistake in words, folders or the address, before weights are loaded.
     """
-    parser = Flags("serve", DESCRIPTION)
-    parser.add_settings(ModelChoice, "which model answers")
-    parser.add_settings(ServeOptions, "where requests come from")
-    parser.add_settings(DecodingConfig, "how answers are drawn where a request does not say")
+    parser = flags()
     given = parser.parse(words)
     choice = ModelChoice(**parser.settings(ModelChoice, given))
     options = ServeOptions(**parser.settings(ServeOptions, given))

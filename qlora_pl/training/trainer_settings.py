@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from qlora_pl.data.batches.largest_batch import AUTO
+from qlora_pl.data.batches.global_batch import AUTO
 from qlora_pl.errors import ConfigurationError
 
 LARGEST_SEED = 2**32 - 1  # numpy's

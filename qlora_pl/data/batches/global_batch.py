@@ -7,12 +7,14 @@ not what is learnt.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
-from qlora_pl.data.batches.largest_batch import AUTO
 from qlora_pl.errors import ConfigurationError
 
 KEY = "data.global_batch_size"
+AUTO: Literal["auto"] = "auto"
+SHARE = 16
+"""Rows of a step on each device, where nobody has asked for another number (the paper's)."""
 
 
 def settle_accumulation(data: Any, trainer: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from qlora_pl.batch import Batch
 from qlora_pl.data.batches.collation import collate, collate_packs
+from qlora_pl.data.batches.global_batch import AUTO, SHARE
 from qlora_pl.data.batches.ordering import (
     COMPOSITION,
     keyed_generator,
@@ -22,11 +23,8 @@ from qlora_pl.data.batches.packing import pack_rows
 from qlora_pl.data.batches.pair_batches import collate_pairs
 from qlora_pl.data.rows.encoded_rows import EncodedRows
 
-AUTO: Literal["auto"] = "auto"
 ROWS = 4
 """Of a micro-batch, where nobody has asked for another number."""
-SHARE = 16
-"""Rows of a step on each device, where nobody has asked for another number (the paper's)."""
 
 
 class Width(NamedTuple):

@@ -40,9 +40,9 @@ class LoRAConfig:
     r: int = 64
     """Rank: rows of A and columns of B. The paper found 8 to 256 alike; 64 is what it used."""
     alpha: float = 16.0
-    """Numerator of the scale alpha / r. The paper kept 16 and searched the learning rate."""
+    """Numerator of the scale ``alpha / r``. The paper kept 16 and searched the learning rate."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r) instead, so that high ranks learn as fast (Kalajdzievski 2023,
+    """Scale by ``alpha / sqrt(r)`` instead, so that high ranks learn as fast (Kalajdzievski 2023,
     arXiv:2312.03732)."""
     dropout: float = 0.0
     """Share of the adapter's inputs set to zero in training. Paper: 0.1 up to 13B, else 0.05."""
@@ -53,10 +53,10 @@ class LoRAConfig:
     """``all-linear`` (all but the head, which the paper found necessary), a list of module names
     or their last parts, or one regular expression for whole names."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of some modules: names, their last parts, or regular expressions, to r. Of several
-    that fit a module the first counts."""
+    """Ranks of some modules: names, their last parts, or regular expressions, to ``r``. Of
+    several that fit a module the first counts."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alphas of some modules, named as in ``rank_pattern``."""
+    """Values of ``alpha`` for some modules, named as in ``rank_pattern``."""
     trainable_tokens: list[str] = field(default_factory=list)
     """Tokens whose rows of the embedding (and of a head of its own) are trained and saved too, for
     a template whose markers the base has never seen."""

@@ -19,8 +19,8 @@ class DecodingConfig:
     max_length: int | None = None
     """Tokens of a prompt and its answer together, at most; None: what the model can read."""
     do_sample: bool = False
-    """Whether answers are drawn at random. False: the likeliest token each time; temperature,
-    top_p, top_k and typical_p then have no effect."""
+    """Whether answers are drawn at random. False: the likeliest token each time; ``temperature``,
+    ``top_p``, ``top_k`` and ``typical_p`` then have no effect."""
     seed: int = 0
     """Of what is drawn at random. Every prompt has a generator of its own, of this seed and its
     row's number, so that an answer does not depend on the batch it is in."""
@@ -36,8 +36,8 @@ class DecodingConfig:
     num_beams: int = 1
     """Beginnings of an answer that are followed at a time; 1: no beam search."""
     early_stopping: bool | Literal["never"] = False
-    """When a beam search ends: true, at num_beams finished answers; false, when better ones are
-    unlikely; never, when there can be no better one."""
+    """When a beam search ends: true, at ``num_beams`` finished answers; false, when better ones
+    are unlikely; never, when there can be no better one."""
     length_penalty: float = 1.0
     """Power of an answer's length by which its score is divided in a beam search; above 0 favours
     longer ones."""

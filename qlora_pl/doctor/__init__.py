@@ -1,0 +1,1 @@
+"""What this machine can train, found by trying it: `qlora-pl doctor`."""
