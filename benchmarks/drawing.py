@@ -33,7 +33,7 @@ def draw(shape: str) -> dict[str, Any]:
     from qlora_pl.modeling.base.quantization import QuantizationConfig
     from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
     from qlora_pl.modeling.loading.packed_model import named_tensors
-    from qlora_pl.planning.known_shapes import known_shape
+    from qlora_pl.planning.shapes.known_shapes import known_shape
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = QuantizationConfig(cache=False)

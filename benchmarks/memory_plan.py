@@ -36,8 +36,8 @@ from qlora_pl.modeling.optimization.mixed_precision import precision_plugin
 from qlora_pl.modeling.optimization.optimizers import OptimizerConfig, build_optimizer
 from qlora_pl.modeling.parameters import int8_scales, trainable_tensors
 from qlora_pl.modeling.steps.micro_batches import back_propagate
-from qlora_pl.planning.memory import MemoryPlan, TrainingSetting, plan_memory
-from qlora_pl.planning.shapes import ModelShape, shape_from_config
+from qlora_pl.planning.memory.memory_plan import MemoryPlan, TrainingSetting, plan_memory
+from qlora_pl.planning.shapes.model_shape import ModelShape, shape_from_config
 
 LLAMA_LIKE = {
     "vocab_size": 512,

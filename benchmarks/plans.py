@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from qlora_pl.planning.cards import CARDS
-from qlora_pl.planning.figures import draw_figure6, draw_growth
-from qlora_pl.planning.planned_run import PlannedRun
-from qlora_pl.planning.report import CardResult, result_on
-from qlora_pl.planning.run_file import planned_file
+from qlora_pl.planning.reports.figures import draw_figure6, draw_growth
+from qlora_pl.planning.reports.report import CardResult, result_on
+from qlora_pl.planning.runs.planned_run import PlannedRun
+from qlora_pl.planning.runs.run_file import planned_file
+from qlora_pl.planning.work.cards import CARDS
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder only after `make quickstart`

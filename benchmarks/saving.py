@@ -32,7 +32,7 @@ LAYOUTS = [("one", 1), ("ddp", 2), ("fsdp2", 2)]
 def rank(words: list[str]) -> int:
     """One process of ``qlora-pl fit``, which also says when its steps end and what saves took."""
     from qlora_pl.__main__ import main as qlora_pl
-    from qlora_pl.training.checkpoint import AdapterCheckpoint
+    from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
 
     def note(kind: str, step: int, seconds: float = 0.0) -> None:
         value = {"kind": kind, "step": step, "seconds": seconds, "at": time.time()}

@@ -11,8 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterCheckpoint": "qlora_pl.training.checkpoint",
-    "AutoBatch": "qlora_pl.training.auto_batch",
+    "AdapterCheckpoint": "qlora_pl.training.checkpoints.checkpoint",
+    "AutoBatch": "qlora_pl.training.memory.auto_batch",
     "DecodingConfig": "qlora_pl.modeling.answers.decoding",
     "InstructionDataModule": "qlora_pl.data.datamodule",
     "LoRAConfig": "qlora_pl.modeling.adapters.lora",
@@ -20,8 +20,8 @@ _HOMES = {
     "QLoRAError": "qlora_pl.errors",
     "QLoRAModule": "qlora_pl.modeling.module",
     "QuantizationConfig": "qlora_pl.modeling.base.quantization",
-    "RunMetrics": "qlora_pl.training.monitoring",
-    "SampleWriter": "qlora_pl.training.samples",
+    "RunMetrics": "qlora_pl.training.watching.monitoring",
+    "SampleWriter": "qlora_pl.training.watching.samples",
     "ScheduleConfig": "qlora_pl.modeling.optimization.optimizers",
     "SourceConfig": "qlora_pl.data.reading.sources",
     "generate": "qlora_pl.inference.api",

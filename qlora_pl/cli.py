@@ -36,21 +36,16 @@ from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
 from qlora_pl.redaction import secrets_in
 from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
 from qlora_pl.strategies.fitting import fitting_strategy, num_gpus
-from qlora_pl.training.auto_batch import AutoBatch
-from qlora_pl.training.checkpoint import AdapterCheckpoint
-from qlora_pl.training.lost_ranks import lost_rank, watch_other_ranks
-from qlora_pl.training.memory_record import MemoryRecord
-from qlora_pl.training.monitoring import RunMetrics
-from qlora_pl.training.predictions import PredictionWriter
-from qlora_pl.training.progress import default_bars
-from qlora_pl.training.rehearsal import Rehearsal
-from qlora_pl.training.run_folder import Resolved, RunConfig
-from qlora_pl.training.run_logger import run_logger
-from qlora_pl.training.run_record import RunRecord, flatten
-from qlora_pl.training.run_start import RunStart
-from qlora_pl.training.samples import SampleWriter
-from qlora_pl.training.slurm import asks_for_requeue, requeue
-from qlora_pl.training.step_layout import StepLayout
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
+from qlora_pl.training.memory.auto_batch import AutoBatch
+from qlora_pl.training.memory.memory_record import MemoryRecord
+from qlora_pl.training.memory.rehearsal import Rehearsal
+from qlora_pl.training.processes.lost_ranks import lost_rank, watch_other_ranks
+from qlora_pl.training.processes.slurm import asks_for_requeue, requeue
+from qlora_pl.training.run_folders.run_folder import Resolved, RunConfig
+from qlora_pl.training.run_folders.run_logger import run_logger
+from qlora_pl.training.run_folders.run_record import RunRecord, flatten
+from qlora_pl.training.run_folders.run_start import RunStart
 from qlora_pl.training.stopping import (
     has_reached_its_end,
     leaving_on_signals,
@@ -64,6 +59,11 @@ from qlora_pl.training.trainer_settings import (
     check_trainer,
     refuse_dependent,
 )
+from qlora_pl.training.watching.monitoring import RunMetrics
+from qlora_pl.training.watching.predictions import PredictionWriter
+from qlora_pl.training.watching.progress import default_bars
+from qlora_pl.training.watching.samples import SampleWriter
+from qlora_pl.training.watching.step_layout import StepLayout
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(

@@ -24,8 +24,8 @@ from qlora_pl.modeling.loading.base_loading import LoadedBase, load_base
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.training.checkpoint import AdapterCheckpoint
-from qlora_pl.training.run_folder import newest_verified
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
+from qlora_pl.training.run_folders.run_folder import newest_verified
 
 CPU = torch.device("cpu")
 PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

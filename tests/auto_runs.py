@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from memory_runs import find_layers, train
 
-from qlora_pl.training.auto_batch import AutoBatch
+from qlora_pl.training.memory.auto_batch import AutoBatch
 
 GIB = 2**30
 LARGE = 64.0

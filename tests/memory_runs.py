@@ -17,9 +17,9 @@ from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.strategies.choice import strategy_named
-from qlora_pl.training.checkpoint import AdapterCheckpoint
-from qlora_pl.training.monitoring import RunMetrics
-from qlora_pl.training.run_folder import newest_verified
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
+from qlora_pl.training.run_folders.run_folder import newest_verified
+from qlora_pl.training.watching.monitoring import RunMetrics
 
 
 class Shortage(NamedTuple):

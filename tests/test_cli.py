@@ -15,7 +15,7 @@ import yaml
 
 from qlora_pl.__main__ import main
 from qlora_pl.cli import first_sentence
-from qlora_pl.training.run_lock import RunLock
+from qlora_pl.training.run_folders.run_lock import RunLock
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*"),  # in-process runs of a whole command
@@ -565,7 +565,9 @@ def test_a_resume_says_what_it_continues_and_what_it_passed_over(
     caplog.clear()
     assert type_in(*words, *steps, "--ckpt_path", "last")[0] == 0
     told = [
-        record.message for record in caplog.records if record.name == "qlora_pl.training.run_start"
+        record.message
+        for record in caplog.records
+        if record.name == "qlora_pl.training.run_folders.run_start"
     ]
     folder = "runs/a/version_0/checkpoints"
     assert told == [

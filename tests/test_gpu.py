@@ -36,7 +36,7 @@ def fit(folder: Path, base: Path, rows: Path, steps: int, **options: Any) -> Any
         QuantizationConfig,
         RunMetrics,
     )
-    from qlora_pl.training.run_folder import newest_verified
+    from qlora_pl.training.run_folders.run_folder import newest_verified
 
     seed_everything(5)
     module = QLoRAModule(
@@ -309,8 +309,8 @@ def test_the_peak_of_a_step_is_what_was_planned(options: dict[str, Any], tmp_pat
     from lightning.pytorch import Trainer
 
     from qlora_pl import InstructionDataModule, LoRAConfig, OptimizerConfig, QLoRAModule
-    from qlora_pl.training.memory_record import MemoryRecord
-    from qlora_pl.training.rehearsal import Rehearsal
+    from qlora_pl.training.memory.memory_record import MemoryRecord
+    from qlora_pl.training.memory.rehearsal import Rehearsal
 
     options = dict(options)
     module = QLoRAModule(
@@ -343,8 +343,8 @@ def test_a_batch_that_is_too_large_for_the_device_is_found_by_trying(tmp_path: P
     """The plan sees all of the device; the allocator is allowed less than eight rows take."""
     from auto_runs import LARGE, auto_run
 
-    from qlora_pl.training.auto_batch import AutoBatch
-    from qlora_pl.training.planned_memory import RunPlanner
+    from qlora_pl.training.memory.auto_batch import AutoBatch
+    from qlora_pl.training.memory.planned_memory import RunPlanner
 
     class Less(AutoBatch):
         def _settle(self) -> None:

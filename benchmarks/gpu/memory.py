@@ -95,8 +95,8 @@ def _batch_run(
 def plan(place: Place, findings: Findings) -> None:
     """A step of the large base against the plan that chooses strategies."""
     from qlora_pl.modeling.base.quantization_plan import build_skeleton
-    from qlora_pl.planning.memory import TrainingSetting, plan_memory
-    from qlora_pl.planning.shapes import shape_of_skeleton
+    from qlora_pl.planning.memory.memory_plan import TrainingSetting, plan_memory
+    from qlora_pl.planning.shapes.model_shape import shape_of_skeleton
 
     run = large_run(place, "large-quantised-now")
     complete(run)

@@ -20,9 +20,9 @@ from qlora_pl.benching.timer import StepTimer
 from qlora_pl.cli import QLoRACLI
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.modeling.base.quantization_plan import build_skeleton
-from qlora_pl.training.checkpoint import AdapterCheckpoint
-from qlora_pl.training.run_record import RunRecord
-from qlora_pl.training.samples import SampleWriter
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
+from qlora_pl.training.run_folders.run_record import RunRecord
+from qlora_pl.training.watching.samples import SampleWriter
 
 NOT_TRAINING = (AdapterCheckpoint, SampleWriter, RunRecord)
 

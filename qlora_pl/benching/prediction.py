@@ -11,11 +11,15 @@ import torch
 from qlora_pl.benching.settings import Workload
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.base.quantization import resolve_compute_dtype
-from qlora_pl.planning.cards import CARDS, Card
-from qlora_pl.planning.memory import MemoryPlan, plan_memory
-from qlora_pl.planning.settings import setting_of
-from qlora_pl.planning.shapes import is_known_family, shape_from_config, shape_of_skeleton
-from qlora_pl.planning.training_setting import TrainingSetting
+from qlora_pl.planning.memory.memory_plan import MemoryPlan, plan_memory
+from qlora_pl.planning.memory.training_setting import TrainingSetting
+from qlora_pl.planning.runs.settings import setting_of
+from qlora_pl.planning.shapes.model_shape import (
+    is_known_family,
+    shape_from_config,
+    shape_of_skeleton,
+)
+from qlora_pl.planning.work.cards import CARDS, Card
 
 LEAST_OF_HOST = 10**9
 """Bytes below which a process's own libraries and buffers, which no plan counts, would be most of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.planning.known_shapes import known_shape
+from qlora_pl.planning.shapes.known_shapes import known_shape
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 """What families call the number of positions that they have."""

@@ -22,9 +22,9 @@ from qlora_pl.explaining.references import mentions, pages
 from qlora_pl.inference.flags import Flags
 from qlora_pl.key_reference import Key, in_markdown, in_yaml, read_keys, run_parser
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.training.checkpoint import AdapterCheckpoint
-from qlora_pl.training.run_folder import RunConfig
-from qlora_pl.training.samples import SampleWriter
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
+from qlora_pl.training.run_folders.run_folder import RunConfig
+from qlora_pl.training.watching.samples import SampleWriter
 
 SOURCES = "data.sources"
 """Where keys of a source stand; ``data.val_sources`` and ``data.test_sources`` have them too."""

@@ -94,11 +94,11 @@ def inspect_data(options: argparse.Namespace, run_words: list[str]) -> int:
     wanted = [_parse_row(word) for word in options.row]
 
     # Imported here: a mistake in the flags above is told at once.
-    from qlora_pl.inspection.numbers import measure
-    from qlora_pl.inspection.outcomes import summary
-    from qlora_pl.inspection.page import page
-    from qlora_pl.inspection.run_data import read_run
-    from qlora_pl.inspection.traced_rows import choose_rows, trace_rows
+    from qlora_pl.inspection.data.numbers import measure
+    from qlora_pl.inspection.data.outcomes import summary
+    from qlora_pl.inspection.data.page import page
+    from qlora_pl.inspection.data.run_data import read_run
+    from qlora_pl.inspection.data.traced_rows import choose_rows, trace_rows
 
     # The summary says what reading would log; importing Lightning sets the others to INFO.
     for name in ("qlora_pl", "lightning.pytorch", "lightning.fabric"):

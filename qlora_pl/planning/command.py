@@ -14,10 +14,10 @@ from pathlib import Path
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.flags import Flags
-from qlora_pl.planning.assumed_run import AssumedRun
-from qlora_pl.planning.cards import CARDS, Card, card_named, with_price
-from qlora_pl.planning.planned_run import PlannedRun, assumed, configured
-from qlora_pl.planning.report import Report, make_report
+from qlora_pl.planning.reports.report import Report, make_report
+from qlora_pl.planning.runs.assumed_run import AssumedRun
+from qlora_pl.planning.runs.planned_run import PlannedRun, assumed, configured
+from qlora_pl.planning.work.cards import CARDS, Card, card_named, with_price
 
 DESCRIPTION = """Say what a run takes of a GPU's memory, how long it takes and what it costs, before
 anything is downloaded: of a training file (--config FILE, and any key of `qlora-pl fit`), or of a
@@ -125,14 +125,14 @@ def _check(options: argparse.Namespace) -> None:
     if problems:
         raise ConfigurationError(problems)
     if options.plot is not None:
-        from qlora_pl.planning.pictures import refuse_picture
+        from qlora_pl.planning.reports.pictures import refuse_picture
 
         refuse_picture(Path(options.plot).expanduser(), "--plot")
 
 
 def _draw(report: Report, file: Path) -> None:
-    from qlora_pl.planning.pictures import Bar, draw_plan
-    from qlora_pl.planning.report import GB, titled
+    from qlora_pl.planning.reports.pictures import Bar, draw_plan
+    from qlora_pl.planning.reports.report import GB, titled
 
     bar = Bar(label=report.run.name, components=report.in_words())
     chosen = report.chosen
@@ -150,8 +150,8 @@ def _figure6(words: Sequence[str]) -> int:
     parser.add_argument("--figure6")
     options = parser.parse(words)
     file = Path(options.figure6).expanduser()
-    from qlora_pl.planning.figures import draw_figure6
-    from qlora_pl.planning.pictures import refuse_picture
+    from qlora_pl.planning.reports.figures import draw_figure6
+    from qlora_pl.planning.reports.pictures import refuse_picture
 
     refuse_picture(file, "--figure6")
     print(draw_figure6(file))

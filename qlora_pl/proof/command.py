@@ -56,7 +56,7 @@ def prove_resume(words: Sequence[str]) -> int:
     from qlora_pl.cli import read_runs
     from qlora_pl.proof.cut import cut, proof_folder, refuse_unprovable
     from qlora_pl.proof.experiment import perform
-    from qlora_pl.training.run_lock import RunLock
+    from qlora_pl.training.run_folders.run_lock import RunLock
 
     # The runs say what they do in their logs; importing Lightning sets its own to INFO.
     for name in ("qlora_pl", "lightning.pytorch", "lightning.fabric"):

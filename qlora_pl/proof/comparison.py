@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_pl.training.run_folder import checkpoint_path, checkpoints_newest_first, step_of
+from qlora_pl.training.run_folders.run_folder import (
+    checkpoint_path,
+    checkpoints_newest_first,
+    step_of,
+)
 
 PARTS = {
     "boundary": "position",

@@ -16,7 +16,7 @@ from qlora_pl.data.batches.global_batch import AUTO, SHARE
 from qlora_pl.data.batches.largest_batch import first_size
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.files import write_json
-from qlora_pl.training.run_folder import RunConfig
+from qlora_pl.training.run_folders.run_folder import RunConfig
 
 RECORD = "resume_proof.json"
 VALIDATION_BATCHES = 2

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from qlora_pl.errors import ConfigurationError, TrainingStoppedError
 from qlora_pl.proof.cut import CutRun
-from qlora_pl.training.run_folder import (
+from qlora_pl.training.run_folders.run_folder import (
     checkpoints_newest_first,
     runs_newest_first,
     step_of,

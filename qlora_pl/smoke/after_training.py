@@ -16,7 +16,7 @@ from typing import Any
 from qlora_pl.smoke import plain_reload
 from qlora_pl.smoke.checklist import Checklist, Step, StepError
 from qlora_pl.smoke.shrunken_run import ShrunkenRun
-from qlora_pl.training.run_folder import newest_verified
+from qlora_pl.training.run_folders.run_folder import newest_verified
 
 WORKER_STEPS = ("validate", "generate", "merge")
 ALLOWED = {"adapter": 0.01, "model": 0.01, "merged": 0.05}

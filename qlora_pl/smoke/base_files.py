@@ -20,7 +20,7 @@ from qlora_pl.modeling.base.identity import (
     weight_files,
 )
 from qlora_pl.modeling.base.structure import head_name
-from qlora_pl.planning.known_shapes import known_shape, short_name
+from qlora_pl.planning.shapes.known_shapes import known_shape, short_name
 
 COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.py")
 """What of a base is no weights."""

@@ -10,10 +10,10 @@ import torch
 
 from qlora_pl.modeling.base.quantization import resolve_compute_dtype
 from qlora_pl.modeling.base.quantization_plan import build_skeleton
-from qlora_pl.planning.memory import MemoryPlan, plan_memory
-from qlora_pl.planning.settings import setting_of_parts
-from qlora_pl.planning.shapes import ModelShape, shape_of_skeleton
-from qlora_pl.planning.training_setting import Strategy
+from qlora_pl.planning.memory.memory_plan import MemoryPlan, plan_memory
+from qlora_pl.planning.memory.training_setting import Strategy
+from qlora_pl.planning.runs.settings import setting_of_parts
+from qlora_pl.planning.shapes.model_shape import ModelShape, shape_of_skeleton
 from qlora_pl.strategies.choice import choose_strategy
 
 logger = logging.getLogger(__name__)

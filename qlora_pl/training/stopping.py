@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from qlora_pl.errors import QLoRAError, TrainingStoppedError
-from qlora_pl.training.run_folder import newest_verified, step_of
+from qlora_pl.training.run_folders.run_folder import newest_verified, step_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to save and leave; the second is what SLURM sends before a job's time is up."""

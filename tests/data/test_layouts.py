@@ -22,8 +22,8 @@ from qlora_pl.data.batches.batching import EvaluationBatches, PromptBatches
 from qlora_pl.data.batches.global_batch import accumulation_of
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.errors import CheckpointError, ConfigurationError
-from qlora_pl.inspection.first_batch import first_batch, picture
-from qlora_pl.inspection.run_data import read_run
+from qlora_pl.inspection.data.first_batch import first_batch, picture
+from qlora_pl.inspection.data.run_data import read_run
 from qlora_pl.training.trainer_settings import RunTrainer
 
 pytestmark = [

@@ -20,8 +20,8 @@ from qlora_pl.data.rows.preparation import Source
 from qlora_pl.data.templates.loading import load_template
 from qlora_pl.data.windows import Windows
 from qlora_pl.errors import CheckpointError, ConfigurationError, DatasetFormatError
-from qlora_pl.training.checkpoint import AdapterCheckpoint
-from qlora_pl.training.run_folder import newest_verified
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
+from qlora_pl.training.run_folders.run_folder import newest_verified
 
 STEPS = 11
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process

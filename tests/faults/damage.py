@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from faults.runs import NAME
-from qlora_pl.training.run_folder import checkpoints_newest_first
+from qlora_pl.training.run_folders.run_folder import checkpoints_newest_first
 
 TARGETS = (
     "checkpoint",

@@ -18,7 +18,12 @@ from faults.fork_server import Ended
 from faults.runs import INTERVAL, Runs
 from qlora_pl.errors import AdapterFolderError
 from qlora_pl.modeling.folders.adapter_folder import read_adapter_folder
-from qlora_pl.training.run_folder import checkpoints_newest_first, damage, newest_verified, step_of
+from qlora_pl.training.run_folders.run_folder import (
+    checkpoints_newest_first,
+    damage,
+    newest_verified,
+    step_of,
+)
 
 STOPPED = 1
 MISTAKEN = 2

@@ -11,7 +11,7 @@ from faults.damage import spoiler
 from faults.fault import Fault
 from faults.proving import prove
 from faults.runs import Runs
-from qlora_pl.training.run_folder import checkpoints_newest_first, digest_path
+from qlora_pl.training.run_folders.run_folder import checkpoints_newest_first, digest_path
 
 CHECKPOINTS = "runs/tiny/version_0/checkpoints"
 

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from qlora_pl.inspection.duplicates import SIMILAR, alike, same, similarity
+from qlora_pl.inspection.data.duplicates import SIMILAR, alike, same, similarity
 
 
 def jaccard(one: str, other: str) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_pl.inspection.drawings import batch_drawing, histogram
-from qlora_pl.inspection.first_batch import picture
-from qlora_pl.inspection.numbers import Lengths
+from qlora_pl.inspection.data.drawings import batch_drawing, histogram
+from qlora_pl.inspection.data.first_batch import picture
+from qlora_pl.inspection.data.numbers import Lengths
 
 NOT = -100
 

@@ -19,12 +19,12 @@ from qlora_pl.data.reading.places import Place
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.data.rows.preparation import prepare_split
 from qlora_pl.data.templates.loading import load_template
-from qlora_pl.inspection.numbers import DataNumbers, measure
-from qlora_pl.inspection.odd_rows import CONTROL_TOKEN, find_odd_rows
-from qlora_pl.inspection.policies import POLICIES, needed_by_rows, policy_losses
-from qlora_pl.inspection.run_data import read_run
-from qlora_pl.inspection.traced_rows import choose_rows, trace_rows
-from qlora_pl.inspection.wording import count_letters, normalized, wording
+from qlora_pl.inspection.data.numbers import DataNumbers, measure
+from qlora_pl.inspection.data.odd_rows import CONTROL_TOKEN, find_odd_rows
+from qlora_pl.inspection.data.policies import POLICIES, needed_by_rows, policy_losses
+from qlora_pl.inspection.data.run_data import read_run
+from qlora_pl.inspection.data.traced_rows import choose_rows, trace_rows
+from qlora_pl.inspection.data.wording import count_letters, normalized, wording
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # runs are parsed in this process
 

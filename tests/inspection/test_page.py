@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from looking import BAD, SCRIPT, VAL, run_words, write_rows
 
-from qlora_pl.inspection.numbers import DataNumbers, measure
-from qlora_pl.inspection.page import SECTIONS, page
-from qlora_pl.inspection.run_data import Documents, RunData, read_run
-from qlora_pl.inspection.token_markup import FIRST_SHOWN, LAST_SHOWN, tokens_markup
-from qlora_pl.inspection.traced_rows import ShownRow, choose_rows, kept_positions, trace_rows
+from qlora_pl.inspection.data.numbers import DataNumbers, measure
+from qlora_pl.inspection.data.page import SECTIONS, page
+from qlora_pl.inspection.data.run_data import Documents, RunData, read_run
+from qlora_pl.inspection.data.token_markup import FIRST_SHOWN, LAST_SHOWN, tokens_markup
+from qlora_pl.inspection.data.traced_rows import ShownRow, choose_rows, kept_positions, trace_rows
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # runs are parsed in this process
 

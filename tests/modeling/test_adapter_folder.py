@@ -38,7 +38,7 @@ from qlora_pl.modeling.loading.base_loading import keep_gradients_on_cpu
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
 from qlora_pl.modeling.parameters import adapter_tensors
-from qlora_pl.training.adapter_save import held_out_rows, make_manifest
+from qlora_pl.training.checkpoints.adapter_save import held_out_rows, make_manifest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

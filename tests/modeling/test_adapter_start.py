@@ -38,7 +38,7 @@ from qlora_pl.modeling.adapters.adapter_start import start_at_adapter
 from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.training.run_folder import newest_verified
+from qlora_pl.training.run_folders.run_folder import newest_verified
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

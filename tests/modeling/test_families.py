@@ -20,7 +20,7 @@ from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
 from qlora_pl.modeling.base.encoder_decoder import language_model_loss, whole_inputs
 from qlora_pl.modeling.loading.base_loading import prepare_for_training
 from qlora_pl.modeling.parameters import trainable_tensors
-from qlora_pl.training.monitoring import RunMetrics
+from qlora_pl.training.watching.monitoring import RunMetrics
 
 CPU = torch.device("cpu")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"

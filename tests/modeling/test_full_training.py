@@ -37,7 +37,7 @@ from qlora_pl.modeling.folders.adapter_folder import read_adapter_folder
 from qlora_pl.modeling.loading.base_loading import load_base
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.steps import micro_batches
-from qlora_pl.training.run_folder import newest_verified
+from qlora_pl.training.run_folders.run_folder import newest_verified
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

@@ -30,7 +30,7 @@ from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimization import mixed_precision
 from qlora_pl.modeling.optimization.mixed_precision import MAX_SKIPPED
 from qlora_pl.modeling.steps import micro_batches
-from qlora_pl.training.run_folder import newest_verified
+from qlora_pl.training.run_folders.run_folder import newest_verified
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

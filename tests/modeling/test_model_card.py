@@ -24,8 +24,8 @@ from typed import type_words
 from qlora_pl.modeling.folders.adapter_folder import read_adapter_folder
 from qlora_pl.modeling.folders.card_sections import MOST_ROWS, chosen
 from qlora_pl.modeling.folders.licences import base_licence
-from qlora_pl.training.card_facts import _sources, lasting_facts
-from qlora_pl.training.monitoring import RunMetrics
+from qlora_pl.training.run_folders.card_facts import _sources, lasting_facts
+from qlora_pl.training.watching.monitoring import RunMetrics
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

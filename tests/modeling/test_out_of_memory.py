@@ -27,7 +27,7 @@ from qlora_pl.modeling.answers.decoding import DecodingConfig
 from qlora_pl.modeling.steps.loss import causal_lm_loss, trained_weight
 from qlora_pl.modeling.steps.out_of_memory import is_out_of_memory
 from qlora_pl.modeling.steps.splitting import split_batch
-from qlora_pl.training.samples import SampleWriter
+from qlora_pl.training.watching.samples import SampleWriter
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

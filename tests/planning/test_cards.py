@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.planning.cards import CARDS, GIB, card_named
+from qlora_pl.planning.work.cards import CARDS, GIB, card_named
 
 
 @pytest.mark.parametrize(

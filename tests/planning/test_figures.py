@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_pl.planning.figures import GROUPS, METHODS, SIZES, grouped, plan_of, reduction
-from qlora_pl.planning.memory import COMPONENTS
+from qlora_pl.planning.memory.memory_plan import COMPONENTS
+from qlora_pl.planning.reports.figures import GROUPS, METHODS, SIZES, grouped, plan_of, reduction
 
 
 @pytest.mark.parametrize("size", SIZES)

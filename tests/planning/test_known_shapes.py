@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.planning.known_shapes import known_names, known_shape, short_name
-from qlora_pl.planning.shapes import ModelShape, shape_from_config, shape_of_skeleton
+from qlora_pl.planning.shapes.known_shapes import known_names, known_shape, short_name
+from qlora_pl.planning.shapes.model_shape import ModelShape, shape_from_config, shape_of_skeleton
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 ONE_OF_EACH = [
@@ -142,10 +142,10 @@ def test_shapes_and_a_plan_need_no_library() -> None:
     """``plan --shape`` has to answer within a second, which importing torch alone exceeds."""
     program = (
         "import sys\n"
-        "from qlora_pl.planning.known_shapes import known_shape\n"
-        "from qlora_pl.planning.memory import TrainingSetting, plan_memory\n"
-        "from qlora_pl.planning.shapes import shape_from_config\n"
-        "import qlora_pl.planning.settings\n"
+        "from qlora_pl.planning.shapes.known_shapes import known_shape\n"
+        "from qlora_pl.planning.memory.memory_plan import TrainingSetting, plan_memory\n"
+        "from qlora_pl.planning.shapes.model_shape import shape_from_config\n"
+        "import qlora_pl.planning.runs.settings\n"
         "plan_memory(shape_from_config(known_shape('llama-65b')), TrainingSetting())\n"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])\n"
     )

@@ -1,4 +1,4 @@
-"""planning/memory.py: the arithmetic of a plan, against the paper's figures and by hand."""
+"""planning/memory: the arithmetic of a plan, against the paper's figures and by hand."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.planning.known_shapes import known_shape
-from qlora_pl.planning.memory import COMPONENTS, TrainingSetting, plan_memory
-from qlora_pl.planning.shapes import ModelShape, shape_from_config
-from qlora_pl.planning.storage import bits_per_weight
+from qlora_pl.planning.memory.memory_plan import COMPONENTS, TrainingSetting, plan_memory
+from qlora_pl.planning.memory.storage import bits_per_weight
+from qlora_pl.planning.shapes.known_shapes import known_shape
+from qlora_pl.planning.shapes.model_shape import ModelShape, shape_from_config
 
 GUANACO: dict[str, Any] = {  # scripts/finetune_guanaco_*.sh of artidoro/qlora
     "adapter_dtype": "bfloat16",
@@ -183,7 +183,7 @@ def test_impossible_settings_are_refused_together() -> None:
 def test_an_experiment_is_planned_from_its_own_file() -> None:
     """guanaco7b: 16 and 512 tokens, one row, bfloat16 adapters, 16 micro-batches a step."""
     from qlora_pl.cli import read_runs
-    from qlora_pl.planning.settings import setting_of
+    from qlora_pl.planning.runs.settings import setting_of
 
     experiments = Path(__file__).parent.parent.parent / "experiments"
     names = ["guanaco7b", "guanaco65b", "bloom7b1_prompts", "t5_superni"]

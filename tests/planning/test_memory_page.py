@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typed import type_words
 
-from qlora_pl.planning.figures import figure6_table
+from qlora_pl.planning.reports.figures import figure6_table
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "memory.md").read_text()

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_pl.planning.cards import Card, card_named
-from qlora_pl.planning.known_shapes import known_shape
-from qlora_pl.planning.levers import DEVICES, LESS, NEARLY, SAME, RunKeys, levers_of
-from qlora_pl.planning.memory import plan_memory
-from qlora_pl.planning.remedies import Remedy, advise, applied, yaml_lines
-from qlora_pl.planning.shapes import ModelShape, shape_from_config
-from qlora_pl.planning.training_setting import TrainingSetting
-from qlora_pl.planning.verdict import judge
+from qlora_pl.planning.advice.levers import DEVICES, LESS, NEARLY, SAME, RunKeys, levers_of
+from qlora_pl.planning.advice.remedies import Remedy, advise, applied, yaml_lines
+from qlora_pl.planning.advice.verdict import judge
+from qlora_pl.planning.memory.memory_plan import plan_memory
+from qlora_pl.planning.memory.training_setting import TrainingSetting
+from qlora_pl.planning.shapes.known_shapes import known_shape
+from qlora_pl.planning.shapes.model_shape import ModelShape, shape_from_config
+from qlora_pl.planning.work.cards import Card, card_named
 
 ROOT = Path(__file__).parents[2]
 

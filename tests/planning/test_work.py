@@ -17,12 +17,12 @@ from families import FAMILIES, Family
 from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
 from qlora_pl.modeling.base.quantization_plan import build_skeleton
 from qlora_pl.modeling.compute import compute_cost
-from qlora_pl.planning.cards import card_named
-from qlora_pl.planning.known_shapes import known_shape
-from qlora_pl.planning.shapes import shape_from_config, shape_of_skeleton
-from qlora_pl.planning.step_work import average_batch, work_of
-from qlora_pl.planning.training_setting import TrainingSetting
-from qlora_pl.planning.work import Batch, Work, micro_batch_time, run_time
+from qlora_pl.planning.memory.training_setting import TrainingSetting
+from qlora_pl.planning.shapes.known_shapes import known_shape
+from qlora_pl.planning.shapes.model_shape import shape_from_config, shape_of_skeleton
+from qlora_pl.planning.work.cards import card_named
+from qlora_pl.planning.work.operations import Batch, Work, micro_batch_time, run_time
+from qlora_pl.planning.work.step_work import average_batch, work_of
 
 PAPER = TrainingSetting(adapter_dtype="bfloat16", tokens_per_row=512, has_mask=False)
 

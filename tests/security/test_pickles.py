@@ -13,7 +13,7 @@ from qlora_pl.errors import CheckpointError, ConfigurationError
 from qlora_pl.files import sha256_file
 from qlora_pl.modeling.adapters.adapter_start import start_at_adapter
 from qlora_pl.modeling.folders.peft_folder import locate_adapter
-from qlora_pl.training.checkpoint_files import VerifiedCheckpointIO
+from qlora_pl.training.checkpoints.checkpoint_files import VerifiedCheckpointIO
 from security.attempts import Makes, Type, fit
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process

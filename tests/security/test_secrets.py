@@ -330,7 +330,7 @@ def test_logs_and_tracebacks_are_redacted(
 
 def test_the_recorded_command_is_redacted(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second line of defence: such a command is refused before anything is recorded."""
-    from qlora_pl.training.run_record import environment
+    from qlora_pl.training.run_folders.run_record import environment
 
     monkeypatch.setattr(sys, "argv", ["qlora-pl", "fit", "--x", PLANTED["HF_TOKEN"]])
     assert json.dumps(environment()).count(REDACTED) == 1

@@ -11,7 +11,7 @@ import pytest
 from launched import adapter_bytes, has_slurm, write_config
 from one_node import Cluster, one_node_slurm
 
-from qlora_pl.training.run_folder import checkpoints_newest_first
+from qlora_pl.training.run_folders.run_folder import checkpoints_newest_first
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 SLOW_AT_FIRST = """#!{python}
 import os, sys, time
 from qlora_pl.__main__ import main
-from qlora_pl.training.step_layout import StepLayout
+from qlora_pl.training.watching.step_layout import StepLayout
 
 def wait(self, trainer, *rest):
     if trainer.global_step >= 2 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":

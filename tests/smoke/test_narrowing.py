@@ -13,7 +13,7 @@ from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.sharding import unit_names
-from qlora_pl.planning.known_shapes import known_names, known_shape
+from qlora_pl.planning.shapes.known_shapes import known_names, known_shape
 from qlora_pl.smoke.narrowing import WIDEST, narrow
 from qlora_pl.smoke.random_base import WEIGHT_STD
 

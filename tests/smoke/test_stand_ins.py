@@ -17,7 +17,7 @@ from qlora_pl.data.reading.normalizing import read_conversations
 from qlora_pl.data.reading.source_config import SourceConfig
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.planning.known_shapes import known_shape
+from qlora_pl.planning.shapes.known_shapes import known_shape
 from qlora_pl.smoke.stand_in_rows import COPIES, PAIRS, ROWS, save_stand_in
 from qlora_pl.smoke.stand_in_tokenizer import save_stand_in as save_tokenizer
 

@@ -23,8 +23,8 @@ from qlora_pl.modeling.base.base_checksum import combined, frozen_checksums
 from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
-from qlora_pl.training.checkpoint import AdapterCheckpoint
-from qlora_pl.training.run_folder import newest_verified
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
+from qlora_pl.training.run_folders.run_folder import newest_verified
 
 
 class Losses(Callback):

@@ -13,9 +13,9 @@ from qlora_pl.modeling.adapters.lora import LoRAConfig
 from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.loading.sharded_loading import refuse_unshardable
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.planning.known_shapes import known_shape
-from qlora_pl.planning.memory import MemoryPlan
-from qlora_pl.planning.shapes import shape_from_config
+from qlora_pl.planning.memory.memory_plan import MemoryPlan
+from qlora_pl.planning.shapes.known_shapes import known_shape
+from qlora_pl.planning.shapes.model_shape import shape_from_config
 from qlora_pl.strategies.choice import choose_strategy, refuse_other_strategies, strategy_named
 from qlora_pl.strategies.ddp import AdapterDDP
 from qlora_pl.strategies.fitting import plan_of

@@ -14,8 +14,8 @@ from test_resume import adapter_bytes, run
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import write_atomic
 from qlora_pl.modeling.folders.adapter_folder import read_adapter_folder
-from qlora_pl.training.adapter_save import refuse_dead_adapters, verify_save
-from qlora_pl.training.run_folder import (
+from qlora_pl.training.checkpoints.adapter_save import refuse_dead_adapters, verify_save
+from qlora_pl.training.run_folders.run_folder import (
     checkpoint_path,
     checkpoints_newest_first,
     newest_verified,

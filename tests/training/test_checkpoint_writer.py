@@ -21,9 +21,9 @@ from test_resume import adapter_bytes, history, run
 from qlora_pl.errors import AdapterFolderError, TrainingStoppedError
 from qlora_pl.modeling.adapters.lora import LoRAConfig, attach_adapters
 from qlora_pl.modeling.parameters import adapter_tensors, trainable_tensors
-from qlora_pl.training.checkpoint_files import Kept, Retention
-from qlora_pl.training.checkpoint_writer import CheckpointWriter, host_copy
-from qlora_pl.training.run_folder import (
+from qlora_pl.training.checkpoints.checkpoint_files import Kept, Retention
+from qlora_pl.training.checkpoints.checkpoint_writer import CheckpointWriter, host_copy
+from qlora_pl.training.run_folders.run_folder import (
     checkpoints_newest_first,
     is_complete,
     newest_verified,
@@ -218,7 +218,7 @@ class Killed(Exception):
 def test_a_run_that_was_killed_before_its_adapter_was_published_is_finished_on_resuming(
     tmp_path: Path, tiny_base: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qlora_pl.training.checkpoint as checkpoint
+    import qlora_pl.training.checkpoints.checkpoint as checkpoint
 
     def killed(*_: Any) -> None:
         raise Killed

@@ -33,9 +33,9 @@ from lightning.fabric.plugins.environments import (
 
 from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError
 from qlora_pl.training import ranks as ranks_module
-from qlora_pl.training.launching import Launch, number_of_devices, tasks_per_node
-from qlora_pl.training.ranks import Ranks
-from qlora_pl.training.step_layout import layout_line
+from qlora_pl.training.processes.launching import Launch, number_of_devices, tasks_per_node
+from qlora_pl.training.processes.ranks import Ranks
+from qlora_pl.training.watching.step_layout import layout_line
 
 TORCHRUN_VARIABLES = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -456,7 +456,7 @@ def test_the_line_at_the_start_gives_the_step_as_a_product(
 KILL_ONCE = """
 import os, signal, sys
 from qlora_pl.__main__ import main
-from qlora_pl.training.checkpoint import AdapterCheckpoint
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
 
 go_on = AdapterCheckpoint.on_train_batch_start
 

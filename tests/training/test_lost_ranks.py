@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from qlora_pl.training.agreement import FAILED, GO_ON, RankAgreement
-from qlora_pl.training.lost_ranks import lost_rank
-from qlora_pl.training.run_folder import newest_verified, step_of
+from qlora_pl.training.processes.agreement import FAILED, GO_ON, RankAgreement
+from qlora_pl.training.processes.lost_ranks import lost_rank
+from qlora_pl.training.run_folders.run_folder import newest_verified, step_of
 
 TESTS = Path(__file__).parent.parent
 ENVIRONMENT = {

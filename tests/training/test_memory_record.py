@@ -17,8 +17,8 @@ from qlora_pl.files import append_row
 from qlora_pl.modeling.adapters.lora import LoRAConfig
 from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
-from qlora_pl.training import memory_record
-from qlora_pl.training.memory_record import COLUMNS, COUNTED, FILE, MemoryRecord
+from qlora_pl.training.memory import memory_record
+from qlora_pl.training.memory.memory_record import COLUMNS, COUNTED, FILE, MemoryRecord
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 from test_resume import Killed, adapter_bytes, history, run
 
 from qlora_pl.cli import result_line
-from qlora_pl.training.run_folder import (
+from qlora_pl.training.run_folders.run_folder import (
     RunConfig,
     checkpoint_path,
     find_checkpoint,
@@ -66,7 +66,7 @@ def test_the_last_validation_changes_no_byte_of_what_is_trained(
     rows_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qlora_pl.training.monitoring.validate_now", lambda _: None)
+    monkeypatch.setattr("qlora_pl.training.watching.monitoring.validate_now", lambda _: None)
     run(tmp_path, tiny_base, rows_file, **SEVEN)
     assert metrics(tmp_path)["val/step"] == 5
     assert adapter_bytes(tmp_path) == adapter_bytes(seven)

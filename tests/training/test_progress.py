@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from qlora_pl.training.progress import EpochBar, default_bars
+from qlora_pl.training.watching.progress import EpochBar, default_bars
 
 
 @pytest.mark.parametrize(("max_epochs", "said"), [(-1, "Epoch 1"), (3, "Epoch 1/2")])

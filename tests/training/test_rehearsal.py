@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from memory_runs import Shortage, Shortages, metrics, train, trained
 
 from qlora_pl.data.batches.batching import BatchLayout, TrainingBatches
-from qlora_pl.training.rehearsal import Rehearsal
+from qlora_pl.training.memory.rehearsal import Rehearsal
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

@@ -17,10 +17,14 @@ from qlora_pl.errors import CheckpointError, ConfigurationError
 from qlora_pl.modeling.adapters.lora import LoRAConfig
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.modeling.optimization.optimizers import OptimizerConfig, ScheduleConfig
-from qlora_pl.training.checkpoint import AdapterCheckpoint
-from qlora_pl.training.monitoring import RunMetrics
-from qlora_pl.training.run_folder import checkpoints_newest_first, newest_verified, verifies
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
+from qlora_pl.training.run_folders.run_folder import (
+    checkpoints_newest_first,
+    newest_verified,
+    verifies,
+)
 from qlora_pl.training.stopping import leaving_on_signals
+from qlora_pl.training.watching.monitoring import RunMetrics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

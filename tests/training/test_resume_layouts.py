@@ -20,8 +20,8 @@ from layout_runs import rows_of_steps, run, run_on
 from safetensors.torch import load_file
 
 from qlora_pl.errors import CheckpointError
-from qlora_pl.training.random_state import collect_random_states
-from qlora_pl.training.resuming import random_states_of
+from qlora_pl.training.checkpoints.random_state import collect_random_states
+from qlora_pl.training.checkpoints.resuming import random_states_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs happen in this process
 

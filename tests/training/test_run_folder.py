@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.training.run_folder import (
+from qlora_pl.training.run_folders.run_folder import (
     Resolved,
     RunConfig,
     checkpoint_path,
@@ -22,7 +22,7 @@ from qlora_pl.training.run_folder import (
     forget_if_nothing_happened,
     resolve_run,
 )
-from qlora_pl.training.run_lock import RunLock
+from qlora_pl.training.run_folders.run_lock import RunLock
 
 
 def save(run: Path, step: int, text: str = "content", digest: str | None = None) -> Path:
@@ -117,7 +117,7 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from qlora_pl.training.run_lock import RunLock
+from qlora_pl.training.run_folders.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 if not os.fork():
     print(os.getpid(), flush=True)  # by now the child has let go of what it inherited

@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from test_resume import adapter_bytes, history, run
 
 from qlora_pl.modeling.answers.decoding import DecodingConfig
-from qlora_pl.training.run_folder import is_complete, newest_verified, step_of
-from qlora_pl.training.samples import SampleWriter
+from qlora_pl.training.run_folders.run_folder import is_complete, newest_verified, step_of
+from qlora_pl.training.watching.samples import SampleWriter
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from qlora_pl.training.run_folder import RunConfig
-from qlora_pl.training.slurm import (
+from qlora_pl.training.processes.slurm import (
     asks_for_requeue,
     begun_before,
     name_for_scontrol,
     note_job,
     requeue,
 )
+from qlora_pl.training.run_folders.run_folder import RunConfig
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset
 
 from qlora_pl.errors import TrainingStoppedError
-from qlora_pl.training.checkpoint import AdapterCheckpoint
+from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
 from qlora_pl.training.stopping import (
     SIGNALS,
     StopRequest,

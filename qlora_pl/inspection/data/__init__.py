@@ -1,0 +1,1 @@
+"""Qlora-pl inspect data: the rows that fit would train on."""

@@ -1,0 +1,1 @@
+"""A shape and a setting -> bytes, component by component."""

@@ -1,0 +1,1 @@
+"""Plans to read and to look at."""

@@ -1,0 +1,1 @@
+"""A model's parameters and layers, from a few fields."""

@@ -1,0 +1,1 @@
+"""A shape and a setting -> operations, hours, money, disk."""

@@ -1,0 +1,1 @@
+"""Batches that fit: found before the first step, recorded after it."""
