@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_pl import files
-from qlora_pl.training import checkpoint, checkpoint_files
+from qlora_pl.training.checkpoints import checkpoint, checkpoint_files
 
 
 def writes_in_place() -> None:

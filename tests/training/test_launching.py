@@ -32,7 +32,7 @@ from lightning.fabric.plugins.environments import (
 )
 
 from qlora_pl.errors import ConfigurationError, HardwareError, QLoRAError
-from qlora_pl.training import ranks as ranks_module
+from qlora_pl.training.processes import ranks as ranks_module
 from qlora_pl.training.processes.launching import Launch, number_of_devices, tasks_per_node
 from qlora_pl.training.processes.ranks import Ranks
 from qlora_pl.training.watching.step_layout import layout_line
