@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_pl.data.batches.global_batch import accumulation_of
+from qlora_pl.planning.advice.levers import RunKeys
+from qlora_pl.planning.advice.verdict import judge
+from qlora_pl.planning.memory.memory_plan import MemoryPlan, plan_memory
+from qlora_pl.planning.memory.training_setting import TrainingSetting
 from qlora_pl.planning.runs.assumed_run import AssumedRun
+from qlora_pl.planning.shapes.known_shapes import known_shape
+from qlora_pl.planning.shapes.model_shape import ModelShape, shape_from_config
 from qlora_pl.planning.work.cards import Card
 from qlora_pl.planning.work.disk import DiskNeed, disk_need
-from qlora_pl.planning.shapes.known_shapes import known_shape
-from qlora_pl.planning.advice.levers import RunKeys
-from qlora_pl.planning.memory.memory_plan import MemoryPlan, plan_memory
-from qlora_pl.planning.shapes.model_shape import ModelShape, shape_from_config
-from qlora_pl.planning.work.step_work import average_batch, work_of
-from qlora_pl.planning.memory.training_setting import TrainingSetting
-from qlora_pl.planning.advice.verdict import judge
 from qlora_pl.planning.work.operations import Batch, RunTime, micro_batch_time, run_time
+from qlora_pl.planning.work.step_work import average_batch, work_of
 
 if TYPE_CHECKING:
     from qlora_pl.planning.runs.run_rows import RowFacts

@@ -11,20 +11,20 @@ from typing import Any
 from qlora_pl.cli import read_runs
 from qlora_pl.data.batches.global_batch import accumulation_of
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.planning.work.disk import num_kept_checkpoints
-from qlora_pl.planning.shapes.known_shapes import known_names, known_shape, short_name
 from qlora_pl.planning.advice.levers import RunKeys
-from qlora_pl.planning.shapes.local_files import model_file, read_config
+from qlora_pl.planning.memory.training_setting import TrainingSetting
 from qlora_pl.planning.runs.planned_run import PlannedRun, steps_of
 from qlora_pl.planning.runs.run_rows import RowFacts, UnreadRowsError, read_rows
 from qlora_pl.planning.runs.settings import setting_of
+from qlora_pl.planning.shapes.known_shapes import known_names, known_shape, short_name
+from qlora_pl.planning.shapes.local_files import model_file, read_config
 from qlora_pl.planning.shapes.model_shape import (
     ModelShape,
     is_known_family,
     shape_from_config,
     shape_of_skeleton,
 )
-from qlora_pl.planning.memory.training_setting import TrainingSetting
+from qlora_pl.planning.work.disk import num_kept_checkpoints
 
 
 def planned_file(words: list[str], num_devices: int | None, reads_all: bool) -> PlannedRun:
