@@ -1,0 +1,1 @@
+"""What is a difference and what is not: seeds are paired, intervals are labelled."""
