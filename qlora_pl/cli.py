@@ -297,9 +297,9 @@ class RunConfigs:
         Raises:
             ConfigurationError: with every problem of the run.
         """
-        words = ["fit", *arguments]
-        self._reader.refuse_mistakes(words)
-        run = complete(self._reader.parser.parse_args(words).fit)
+        self._reader.refuse_mistakes(["fit", *arguments])
+        # By the command's own parser: through the one above it every value is checked twice.
+        run = complete(self._reader._subcommand_parsers["fit"].parse_args(arguments))
         if problems := check_run(run):
             raise ConfigurationError(problems)
         return run
@@ -323,8 +323,12 @@ def read_runs(argument_lists: list[list[str]]) -> list[Namespace]:
 
 
 def flat_values(run: Namespace) -> dict[str, Any]:
-    """Every value of a run by its dotted key, in plain types; lists as JSON."""
-    return flatten(_plain(run.as_dict()))
+    """Every value of a run by its dotted key, in plain types; lists as JSON.
+
+    Without ``config``, the files that it was read from.
+    """
+    values = _plain(run.as_dict())
+    return flatten({key: value for key, value in values.items() if key != "config"})
 
 
 def first_sentence(error: BaseException) -> str:
