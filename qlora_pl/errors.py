@@ -6,6 +6,7 @@
     ├── DatasetFormatError      a file or a row that is not what its format says
     ├── AdapterFolderError      an adapter folder that is incomplete, altered, or for another base
     ├── HardwareError           this machine cannot do what was asked
+    ├── AblationError           a grid of runs cannot go on, or a result of it cannot be read
     └── TrainingStoppedError    the run stopped itself to save what it had (exit code 1)
 
 A sentence says what is wrong, where, and what to do; the value is quoted as the user wrote it.
@@ -51,6 +52,10 @@ class AdapterFolderError(QLoRAError):
 
 class HardwareError(QLoRAError):
     """This machine cannot do what was asked."""
+
+
+class AblationError(QLoRAError):
+    """A grid of runs cannot go on, or a result of it cannot be read."""
 
 
 class TrainingStoppedError(QLoRAError):
