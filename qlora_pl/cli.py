@@ -272,6 +272,10 @@ class QLoRACLI(LightningCLI):
 class RunReader(QLoRACLI):
     """Parses exactly what ``fit`` parses; builds and runs nothing."""
 
+    def _set_seed(self) -> None:
+        """Nothing is drawn, so nothing is seeded, nor said about it."""
+        check_seed(self.config[self._command].seed_everything)
+
     def before_instantiate_classes(self) -> None:
         """Nothing is chosen or made for a run that does not start."""
 

@@ -50,6 +50,10 @@ OTHER_COMMANDS = {
         "Try a run, shrunken, on the CPU: what would fail later fails now.",
         "smoke.command:smoke",
     ),
+    "ablate": Command(
+        "Train a grid of runs, and say what differs and what does not.",
+        "ablation.command:ablate_command",
+    ),
     "inspect": Command(
         "Look at a run's rows (data), a base (model) or an adapter before using it.",
         "inspection.command:inspect",

@@ -1,0 +1,206 @@
+"""``qlora-pl ablate``: a grid of runs, from its question to its report."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qlora_pl.ablation.grid.cells import Grid, make_grid
+from qlora_pl.ablation.grid.grid_file import read_grid
+from qlora_pl.ablation.running.folder_lock import FolderLock
+from qlora_pl.ablation.running.grid_folder import GridEntry, GridFolder
+from qlora_pl.ablation.running.local import LocalExecutor
+from qlora_pl.ablation.running.store import ENDED_BADLY
+from qlora_pl.ablation.running.watching import Watcher, status_lines
+from qlora_pl.errors import ConfigurationError, did_you_mean
+from qlora_pl.inference.flags import Flags
+
+DESCRIPTION = """Train a grid of runs and say what differs. Without --run, --status or --report:
+list the cells and what they would cost (--plan). Nothing that is finished is trained again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions:
+    """Flags of the command."""
+
+    config: str | None = None
+    """The grid file; see docs/ablations.md."""
+    plan: bool = False
+    """List cells, memory and time; start nothing."""
+    run: bool = False
+    """Train what is not finished, and go on with what was stopped; ends with the report."""
+    status: bool = False
+    """Say what has become of each run."""
+    report: bool = False
+    """Write the report from the results there are."""
+    retry_failed: bool = False
+    """With --run: try those again that ended badly."""
+    only: tuple[str, ...] = ()
+    """A cell, or a run, by its name; may be given several times."""
+    root: str = "runs/ablations"
+    """The folder of all grids; what is equal in two of them is trained once."""
+    machine: str | None = None
+    """A file for --trainer of every run: devices, strategy."""
+    executor: Literal["local", "ray", "slurm"] = "local"
+    """What starts the runs."""
+    jobs: int | None = None
+    """Runs at once; None: one for each GPU of a run, on CPUs one."""
+    json: bool = False
+    """Print JSON in place of a table."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.config is None:
+            problems.append("ablate: name a grid file with --config.")
+        modes = [name for name in ("plan", "run", "status", "report") if getattr(self, name)]
+        if len(modes) > 1:
+            problems.append(f"ablate: --{modes[0]} and --{modes[1]} are two tasks; give one.")
+        if self.retry_failed and not self.run:
+            problems.append("--retry-failed: has a meaning with --run alone.")
+        if self.jobs is not None and self.jobs < 1:
+            problems.append(f"--jobs: must be at least 1, got {self.jobs}.")
+        if problems:
+            raise ConfigurationError(problems)
+
+
+def flags() -> Flags:
+    """The command's flags."""
+    parser = Flags("ablate", DESCRIPTION)
+    parser.add_settings(AblateOptions, "the grid")
+    return parser
+
+
+def ablate_command(words: Sequence[str]) -> int:
+    """Run the command with the words that follow ``ablate``.
+
+    Returns:
+        The exit code: 1 if a run that was to be trained is not finished.
+
+    Raises:
+        QLoRAError: for mistakes in words and files, and results that cannot be read.
+    """
+    parser = flags()
+    options = AblateOptions(**parser.settings(AblateOptions, parser.parse(words)))
+    path = Path(str(options.config)).expanduser()
+    grid = make_grid(read_grid(path))
+    folder = GridFolder(Path(options.root).expanduser(), path.stem)
+    text = path.read_text("utf-8")
+    if options.status or options.report:
+        found = folder.read()
+        if not folder.is_of(text):
+            print(
+                f"'{path}' has changed since it was run; this is about the grid as it was.",
+                file=sys.stderr,
+            )
+        entries = _only(found["entries"], options.only)
+    else:
+        entries = _only(_resolved(grid, path, options, folder, text), options.only)
+    metric = grid.file.metric.name
+    if options.status:
+        print("\n".join(status_lines(folder, entries, metric)))
+        return 0
+    if options.run:
+        return _run(grid, folder, entries, options)
+    if options.report:
+        raise ConfigurationError("--report: not written yet.")
+    print(_planned(grid, entries, options))
+    return 0
+
+
+def _resolved(
+    grid: Grid, path: Path, options: AblateOptions, folder: GridFolder, text: str
+) -> list[GridEntry]:
+    from qlora_pl.ablation.grid.resolving import idle_axes, resolve  # the parser takes seconds
+
+    named = [grid.file.base] if isinstance(grid.file.base, str) else list(grid.file.base)
+    files = [path.parent / name for name in named]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ConfigurationError(f"base: no file '{missing[0]}'.")
+    machine = None if options.machine is None else Path(options.machine)
+    runs = resolve(grid, files, machine)
+    budget = grid.file.budget.runs
+    if budget is not None and len(runs) > budget:
+        raise ConfigurationError(f"budget.runs: the grid has {len(runs)} runs, not {budget}.")
+    for axis in idle_axes(grid, runs):
+        print(f"axes.{axis}: changes nothing in any run.", file=sys.stderr)
+    entries = [
+        GridEntry(
+            cell=run.cell.name,
+            seed=run.seed,
+            identity=run.identity,
+            levels=dict(run.cell.levels),
+            words=run.words,
+            changes=dict(run.cell.settings),
+        )
+        for run in runs
+    ]
+    if options.run:
+        with FolderLock(_made(folder.path)) as lock:
+            if not lock.is_held:
+                raise ConfigurationError(
+                    f"'{folder.path}' is being run by another process; wait until it ends."
+                )
+            folder.write(text, entries, {"question": grid.file.question})
+    return entries
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _only(entries: list[GridEntry], names: Sequence[str]) -> list[GridEntry]:
+    known = {name for entry in entries for name in (entry.cell, entry.name)}
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(
+                f"--only: no cell is called '{name}'{did_you_mean(name, known)}"
+            )
+    return [entry for entry in entries if not names or {entry.cell, entry.name} & set(names)]
+
+
+def _planned(grid: Grid, entries: Sequence[GridEntry], options: AblateOptions) -> str:
+    if options.json:
+        return json.dumps([vars(entry) for entry in entries], indent=1)
+    lines = [grid.file.question, ""]
+    lines += [f"{entry.name}\n    qlora-pl fit {' '.join(entry.words)}" for entry in entries]
+    return "\n".join([*lines, "", f"{len(entries)} runs in {len(grid.cells)} cells"])
+
+
+def _run(
+    grid: Grid, folder: GridFolder, entries: Sequence[GridEntry], options: AblateOptions
+) -> int:
+    watcher = Watcher(folder, entries, grid.file.metric.name)
+    wanted = [
+        entry
+        for entry in entries
+        if options.retry_failed or folder.home(entry).state().kind not in ENDED_BADLY
+    ]
+    stopping = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopping.set()) for number in STOPS}
+    try:
+        with FolderLock(folder.path) as lock:
+            if not lock.is_held:
+                raise ConfigurationError(
+                    f"'{folder.path}' is being run by another process; wait until it ends."
+                )
+            tasks = [folder.task(entry, Path.cwd(), 0) for entry in wanted]
+            LocalExecutor([None] * (options.jobs or 1)).run(tasks, watcher, stopping)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for error in watcher.errors:
+        raise error
+    print("\n".join(status_lines(folder, entries, grid.file.metric.name)))
+    states = [folder.home(entry).state().kind for entry in entries]
+    return int(any(kind != "finished" for kind in states))
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+"""Signals after which runs save and end, and the command with them."""
