@@ -108,7 +108,8 @@ def ablate_command(words: Sequence[str]) -> int:
     if options.run:
         return _run(grid, folder, entries, options)
     if options.report:
-        raise ConfigurationError("--report: not written yet.")
+        print(_reported(grid, folder, entries))
+        return 0
     print(_planned(grid, entries, options))
     return 0
 
@@ -173,6 +174,13 @@ def _planned(grid: Grid, entries: Sequence[GridEntry], options: AblateOptions) -
     return "\n".join([*lines, "", f"{len(entries)} runs in {len(grid.cells)} cells"])
 
 
+def _reported(grid: Grid, folder: GridFolder, entries: Sequence[GridEntry]) -> Path:
+    from qlora_pl.ablation.report.numbers import numbers_of  # scipy
+    from qlora_pl.ablation.report.page import write_report
+
+    return write_report(numbers_of(grid, folder, entries), folder.path)
+
+
 def _run(
     grid: Grid, folder: GridFolder, entries: Sequence[GridEntry], options: AblateOptions
 ) -> int:
@@ -198,6 +206,8 @@ def _run(
     for error in watcher.errors:
         raise error
     print("\n".join(status_lines(folder, entries, grid.file.metric.name)))
+    if not stopping.is_set():
+        print(_reported(grid, folder, entries))
     states = [folder.home(entry).state().kind for entry in entries]
     return int(any(kind != "finished" for kind in states))
 

@@ -72,8 +72,13 @@ def section(kind: type[Settings], found: Any, place: str, problems: list[str]) -
     try:
         return kind(**values)
     except ConfigurationError as error:
-        problems += [f"{dot}{problem}" for problem in error.problems]
+        problems += [_placed(place, problem, known) for problem in error.problems]
         return None
+
+
+def _placed(place: str, problem: str, known: Mapping[str, Any]) -> str:
+    key = problem.partition(":")[0].partition(".")[0]
+    return f"{place}{'.' if key in known else ': '}{problem}" if place else problem
 
 
 def _value(hint: Any, found: Any, place: str, problems: list[str]) -> Any:

@@ -1,0 +1,1 @@
+"""What a grid showed: numbers, the sentences they allow, pictures, and one page with all of it."""
