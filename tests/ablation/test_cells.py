@@ -149,7 +149,7 @@ def test_all_pairs_are_each_compared_once(tmp_path: Path) -> None:
         ),
         (
             "axes: {x: {key: a, values: {first: 1, last: 5, step: -1}}}\n",
-            "axes.x.values: step: -1 does not lead from 1 to 5.",
+            "axes.x.values.step: -1 does not lead from 1 to 5.",
         ),
         (
             "axes: {x: {key: a, values: {first: 1, last: 2, step: 1e-5}}}\n",
