@@ -15,7 +15,7 @@ from qlora_pl.ablation.grid.cells import Grid, make_grid
 from qlora_pl.ablation.grid.grid_file import read_grid
 from qlora_pl.ablation.running.folder_lock import FolderLock
 from qlora_pl.ablation.running.grid_folder import GridEntry, GridFolder
-from qlora_pl.ablation.running.local import LocalExecutor
+from qlora_pl.ablation.running.local import Executor, LocalExecutor
 from qlora_pl.ablation.running.store import ENDED_BADLY
 from qlora_pl.ablation.running.watching import Watcher, status_lines
 from qlora_pl.errors import ConfigurationError, did_you_mean
@@ -51,6 +51,10 @@ class AblateOptions:
     """What starts the runs."""
     jobs: int | None = None
     """Runs at once; None: one for each GPU of a run, on CPUs one."""
+    ray_address: str | None = None
+    """With --executor ray: a cluster's head; None: a cluster is started here."""
+    slurm: tuple[str, ...] = ()
+    """With --executor slurm: KEY=VALUE for sbatch, such as partition=gpu or time=600 (minutes)."""
     json: bool = False
     """Print JSON in place of a table."""
 
@@ -199,7 +203,8 @@ def _run(
                     f"'{folder.path}' is being run by another process; wait until it ends."
                 )
             tasks = [folder.task(entry, Path.cwd(), 0) for entry in wanted]
-            LocalExecutor([None] * (options.jobs or 1)).run(tasks, watcher, stopping)
+            if tasks:
+                executor_of(options, folder).run(tasks, watcher, stopping)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -210,6 +215,24 @@ def _run(
         print(_reported(grid, folder, entries))
     states = [folder.home(entry).state().kind for entry in entries]
     return int(any(kind != "finished" for kind in states))
+
+
+def executor_of(options: AblateOptions, folder: GridFolder) -> Executor:
+    """What starts the runs.
+
+    Raises:
+        ConfigurationError: if it is not installed, or not to be reached.
+    """
+    if options.executor == "ray":
+        from qlora_pl.ablation.running.ray_cluster import RayExecutor
+
+        return RayExecutor(options.ray_address, options.jobs or 1)
+    if options.executor == "slurm":
+        from qlora_pl.ablation.running.slurm_array import SlurmExecutor, sbatch_settings
+
+        settings = sbatch_settings(options.slurm)
+        return SlurmExecutor(folder.path / "slurm", options.jobs, settings=settings)
+    return LocalExecutor([None] * (options.jobs or 1))
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Protocol
 
 from qlora_pl.ablation.running.store import RunState
 from qlora_pl.ablation.running.task import Task, run_task
 
 Report = Callable[[Task, RunState | None, BaseException | None], None]
 """Told of each run: None while it starts, its state when it has ended, or what went wrong."""
+
+
+class Executor(Protocol):
+    """What starts runs somewhere."""
+
+    def run(self, tasks: Sequence[Task], report: Report, is_stopping: threading.Event) -> None:
+        """See ``LocalExecutor.run``."""
 
 
 class LocalExecutor:

@@ -71,6 +71,11 @@ class RunHome:
     def __init__(self, root: Path, identity: str) -> None:
         self.path = root / "runs" / identity
 
+    @staticmethod
+    def stop_file(root: str | Path) -> Path:
+        """A file that asks every run under a root, on whichever machine, to save and end."""
+        return Path(root) / "stop"
+
     @property
     def log(self) -> Path:
         """What its processes printed."""
