@@ -1,0 +1,1 @@
+"""What is planned: a training file, or a few flags."""
