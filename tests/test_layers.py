@@ -91,6 +91,7 @@ HEAVY = {
 }
 MAY_USE: dict[str, set[str]] = {
     "__main__": set(),
+    "allocator": set(),
     "commands": set(),
     "__init__": set(),
     "errors": set(),
@@ -134,6 +135,7 @@ MAY_USE: dict[str, set[str]] = {
     "doctor.openmp": {"torch"},
     "doctor.products": {"torch"},
     "doctor.ranks": {"torch"},
+    "doctor.segments": {"torch"},
     "explaining": set(),
     "explaining.collecting": {"lightning"},
     "inference": {"torch", "numpy", "tqdm"},
@@ -182,7 +184,8 @@ MAY_USE: dict[str, set[str]] = {
     "proof.verdict": {"torch"},
 }
 LAYERS: dict[str, set[str]] = {
-    "__main__": {"cli", "commands", "errors", "redaction", "__init__"},
+    "__main__": {"allocator", "cli", "commands", "errors", "redaction", "__init__"},
+    "allocator": set(),
     "commands": set(),
     "__init__": {"data", "modeling", "training", "inference", "errors", "batch"},
     "errors": set(),
@@ -206,19 +209,16 @@ LAYERS: dict[str, set[str]] = {
         "files",
         "redaction",
     },
-    "doctor": {"doctor", "modeling", "files", "errors", "redaction", "__init__"},
+    "doctor": {"doctor", "allocator", "modeling", "files", "errors", "redaction", "__init__"},
     "explaining": {
         "explaining",
+        "commands",
         "key_reference",
         "cli",
         "data",
         "modeling",
         "training",
         "inference",
-        "chat",
-        "serving",
-        "merging",
-        "exporting",
         "files",
         "errors",
     },

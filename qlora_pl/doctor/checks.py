@@ -13,6 +13,8 @@ from qlora_pl.doctor.finding import Trial
 
 HERE = "here"
 """The lane of checks that touch no heavy library: a thread each in doctor's own process."""
+LIBRARIES = {"torch": "torch", "ranks": "torch", "hub": "huggingface-hub"}
+"""Upon which the checks of a lane stand."""
 IMPORT = 3.0
 """How much longer an import may take than another check: a first one from a network disk does."""
 
@@ -46,6 +48,15 @@ class Check:
         module, _, function = self.trial.partition(":")
         trial: Trial = getattr(import_module(f"qlora_pl.doctor.{module}"), function)
         return trial
+
+    def repair(self) -> str:
+        """A command that installs anew what the check stands upon; "" where that is nothing."""
+        library = LIBRARIES.get(self.lane, "")
+        if "bitsandbytes" in (self.name, *self.needs):
+            library = "bitsandbytes"
+        # with what it asks for: builds of torch for CUDA need packages that one for CPUs does not
+        again = f"pip uninstall --yes {library}; pip install --constraint constraints.txt {library}"
+        return again if library else ""
 
 
 def _check(
@@ -83,6 +94,7 @@ CHECKS = (
     _check("extras", "extras", "Installation", HERE, "installation:extras"),
     _check("driver", "NVIDIA driver", "Devices", HERE, "driver:nvidia_driver"),
     _check("devices", "devices", "Devices", "torch", "devices:devices", "torch"),
+    _check("allocator", "allocator", "Devices", "torch", "segments:allocator", "devices"),
     _check("processor", "processor", "Devices", "torch", "devices:processor", "torch"),
     _check("compute-dtype", "compute dtype", "Arithmetic", "torch", "products:auto", "devices"),
     _check("float32", "float32", "Arithmetic", "torch", "products:float32", "devices"),

@@ -39,6 +39,7 @@ def test_a_library_that_breaks_down_is_a_line(
     assert finding.status is Status.BROKEN
     assert found in finding.found
     assert "\n" not in finding.found
+    assert finding.fix.endswith("pip install --constraint constraints.txt huggingface-hub")
 
 
 def test_a_library_that_hangs_is_a_line_within_the_limit(

@@ -133,6 +133,33 @@ def test_little_room_is_a_warning_and_none_is_broken(
     assert finding.fix.startswith("qlora-pl fit --run.root ")
 
 
+FILLED = """
+import sys
+from pathlib import Path
+from qlora_pl.doctor.room import look_at
+finding = look_at("runs", Path(sys.argv[1]) / "runs", "--run.root", "run")
+print(finding.status, "|", finding.found)
+"""
+
+
+def test_a_disk_that_is_really_full_is_broken(tmp_path: Path) -> None:
+    """A disk of 16 KiB in memory, mounted for one process alone and filled."""
+    mounted = f"mount -t tmpfs -o size=16k none '{tmp_path}'"
+    own = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*own, mounted], check=False).returncode:
+        pytest.skip("this system lets nobody mount a disk of one's own")
+    filled = f"{mounted} && ! head -c 64k /dev/zero > '{tmp_path}/fill' && exec \"$@\""
+    done = subprocess.run(
+        [*own, filled, "sh", sys.executable, "-c", FILLED, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("broken | ")
+    assert "cannot be written to (No space left on device)" in done.stdout
+
+
 def test_memory_is_what_psutil_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless the container's limit is lower; others take and give memory meanwhile."""
     free, total, said_by = room.host_memory()
