@@ -14,9 +14,11 @@ import pytest
 import torch
 from broken_world import NVIDIA_SMI, look, look_at, plant_program
 
-from qlora_pl.doctor import devices, driver, four_bits, gradients, openmp, products, segments
+from qlora_pl.doctor.arithmetic import four_bits, gradients, openmp, products
+from qlora_pl.doctor.arithmetic.products import BOUNDS, plain_product, tried
+from qlora_pl.doctor.devices import driver, segments
+from qlora_pl.doctor.devices import torch_devices as devices
 from qlora_pl.doctor.finding import Finding, Status
-from qlora_pl.doctor.products import BOUNDS, plain_product, tried
 
 CPU = torch.device("cpu")
 
@@ -254,7 +256,7 @@ def test_without_the_guard_gradients_are_gone_and_that_is_broken(
 def test_two_openmp_runtimes_are_found_where_both_are_loaded() -> None:
     """Told by the linker's list of a fresh process that has used torch and bitsandbytes."""
     code = (
-        "import json, torch, bitsandbytes, qlora_pl.doctor.openmp as m\n"
+        "import json, torch, bitsandbytes, qlora_pl.doctor.arithmetic.openmp as m\n"
         "print(json.dumps([str(p) for p in m.runtimes()]))"
     )
     done = subprocess.run(

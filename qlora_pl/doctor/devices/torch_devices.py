@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qlora_pl.doctor.driver import DriverError, ask_driver, in_numbers
+from qlora_pl.doctor.devices.driver import DriverError, ask_driver, in_numbers
 from qlora_pl.doctor.finding import Finding, Status, first_line
 
 GIB = 2**30

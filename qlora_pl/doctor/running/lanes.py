@@ -20,7 +20,7 @@ from typing import Any
 from qlora_pl.allocator import prefer_expandable_segments
 from qlora_pl.doctor.checks import HERE, Check, order_of_work
 from qlora_pl.doctor.finding import Finding, Status, could_not_look
-from qlora_pl.doctor.worker import MARK, program
+from qlora_pl.doctor.running.worker import MARK, program
 
 Report = Callable[[Check, list[Finding]], None]
 """Takes what a check found, from any thread, once for each check."""
@@ -97,7 +97,7 @@ def _run_process(
     environment = defaults | dict(os.environ)  # as a run sets them
     prefer_expandable_segments(environment)
     process = subprocess.Popen(
-        program("from qlora_pl.doctor.worker import work; work(sys.argv[2:])", *by_name),
+        program("from qlora_pl.doctor.running.worker import work; work(sys.argv[2:])", *by_name),
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

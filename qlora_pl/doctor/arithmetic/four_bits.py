@@ -12,9 +12,15 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from qlora_pl.doctor.devices import built_for
+from qlora_pl.doctor.arithmetic.products import (
+    BOUNDS,
+    Product,
+    random_tensors,
+    relative_error,
+    tried,
+)
+from qlora_pl.doctor.devices.torch_devices import built_for
 from qlora_pl.doctor.finding import Finding, Status
-from qlora_pl.doctor.products import BOUNDS, Product, random_tensors, relative_error, tried
 from qlora_pl.modeling.base.quantization import resolve_compute_dtype
 from qlora_pl.modeling.base.reference_quantizer import quantize_4bit_reference
 

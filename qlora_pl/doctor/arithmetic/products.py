@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_pl.doctor.devices import training_devices
+from qlora_pl.doctor.devices.torch_devices import training_devices
 from qlora_pl.doctor.finding import Finding, Status, first_line
 from qlora_pl.modeling.base.quantization import compute_advice, resolve_compute_dtype
 
