@@ -51,7 +51,7 @@ def plan_command(words: Sequence[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's library when it is imported
     words = _joined(words)
     if any(word in ("-h", "--help") for word in words) or not words:
-        _shape_flags().print_help()
+        all_flags().print_help()
         return 0
     if any(_is_flag(word, "--figure6") for word in words):
         return _figure6(words)
@@ -59,7 +59,7 @@ def plan_command(words: Sequence[str]) -> int:
     if is_shape and any(_is_flag(word, "--config") or word == "-c" for word in words):
         raise ConfigurationError("plan: --shape and --config are two ways to say it; give one.")
     if is_shape:
-        flags = _shape_flags()
+        flags = all_flags()
         options = flags.parse(words)
         settings = AssumedRun(**flags.settings(AssumedRun, options))
         _check(options)
@@ -188,7 +188,8 @@ def _own_flags() -> Flags:
     return flags
 
 
-def _shape_flags() -> Flags:
+def all_flags() -> Flags:
+    """The command's flags."""
     flags = _own_flags()
     group = flags.add_argument_group("what is planned")
     group.add_argument(

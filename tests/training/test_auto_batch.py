@@ -20,7 +20,7 @@ from gloo import run_processes
 from launched import write_config
 from typed import type_words
 
-from qlora_pl.__main__ import ALLOCATOR_VARIABLES
+from qlora_pl.allocator import ALLOCATOR_VARIABLES
 from qlora_pl.data.batches.global_batch import possible_sizes
 from qlora_pl.data.batches.largest_batch import first_size, largest_batch
 from qlora_pl.errors import ConfigurationError, HardwareError

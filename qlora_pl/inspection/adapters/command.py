@@ -43,6 +43,13 @@ class AdapterOptions:
             raise ConfigurationError("--adapter: name an adapter folder.")
 
 
+def adapter_flags() -> Flags:
+    """The command's flags."""
+    parser = Flags("inspect adapter", DESCRIPTION)
+    parser.add_settings(AdapterOptions, "which adapter, and what it is held against")
+    return parser
+
+
 def inspect_adapter(words: Sequence[str]) -> int:
     """Run the command with the words that follow ``inspect adapter``.
 
@@ -50,8 +57,7 @@ def inspect_adapter(words: Sequence[str]) -> int:
         QLoRAError: for a mistake in words or folders; if the adapter holds values that are no
             numbers, after the report was written.
     """
-    parser = Flags("inspect adapter", DESCRIPTION)
-    parser.add_settings(AdapterOptions, "which adapter, and what it is held against")
+    parser = adapter_flags()
     options = AdapterOptions(**parser.settings(AdapterOptions, parser.parse(words)))
     output = Path(options.output).expanduser()
     refuse_other_contents(output, SUBJECT)
