@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_inspect_adapter import Type, save_adapter
+from peft_folders import Type, save_adapter
 from test_page import Reader
 from trained import adapter, run, type_in
 

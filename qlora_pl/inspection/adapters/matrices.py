@@ -85,6 +85,11 @@ class Adapter:
             return str(self.manifest.base["name"])
         return self.config.get("base_model_name_or_path")
 
+    @property
+    def weights(self) -> str | None:
+        """The fingerprint of the weights it was trained over; None: no file says."""
+        return None if self.manifest is None else str(self.manifest.base["weights"])
+
 
 def read_adapter(name: str, key: str) -> Adapter:
     """Read a folder of this project's or of any PEFT program.

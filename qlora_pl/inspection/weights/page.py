@@ -22,6 +22,7 @@ from qlora_pl.inspection.weights.numbers import (
 )
 from qlora_pl.inspection.weights.tables import (
     RANKED_BY,
+    every_format_table,
     formats_table,
     kept_table,
     kinds_table,
@@ -144,7 +145,10 @@ def _logits(numbers: ModelNumbers) -> str:
 
 
 def _errors(numbers: ModelNumbers) -> str:
-    parts = [f"<p>All of {escape(numbers.main.name)}.</p>", "<h3>Error of weights</h3>"]
+    parts = [
+        f"<p>All of {escape(numbers.main.name)}, but for the last table.</p>",
+        "<h3>Error of weights</h3>",
+    ]
     parts.append(
         _map(numbers, lambda some: relative_rms(some, numbers.main), percent, "Error of weights")
     )
@@ -163,6 +167,11 @@ def _errors(numbers: ModelNumbers) -> str:
         kinds_table(numbers).html(),
         "<details><summary>By layer</summary>",
         layers_table(numbers).html(),
+        "</details>",
+        "<h3>Error of weights in every format</h3>",
+        every_format_table(numbers, "kind").html(),
+        "<details><summary>By layer</summary>",
+        every_format_table(numbers, "layer").html(),
         "</details>",
     ]
     return "\n".join(parts)

@@ -120,6 +120,22 @@ def _group(numbers: ModelNumbers, matrices: Sequence[MatrixNumbers]) -> list[str
     ]
 
 
+def every_format_table(numbers: ModelNumbers, by: str) -> Cells:
+    """Error of weights in every format: a row for each kind of module, or for each layer.
+
+    Args:
+        numbers: Of the base.
+        by: ``kind`` or ``layer``.
+    """
+    names = numbers.kinds if by == "kind" else numbers.layers
+    rows = []
+    for name in names:
+        some = [m for m in numbers.matrices if getattr(m.place, by) == name]
+        errors = (percent(relative_rms(some, format)) for format in numbers.formats)
+        rows.append([name or "none", *errors])
+    return Cells((by, *(f"#{format.name}" for format in numbers.formats)), rows)
+
+
 def kept_table(numbers: ModelNumbers) -> Cells:
     """The suggestions, one more in each row, and what was measured with so many."""
     measured = {}
@@ -137,12 +153,17 @@ def kept_table(numbers: ModelNumbers) -> Cells:
                 f"+{megabytes(size)}",
                 f"-{percent(share, 1)}",
                 f"{score.kl_divergence:.4f}" if score else "",
-                f"-{percent(_removed(numbers, score), 1)}" if score else "",
+                _signed(-_removed(numbers, score)) if score else "",
             ]
         )
     estimated = "#estimated" if numbers.measure == "kl" else "#error"
     head = ("#k", "kept in 16 bits besides", "#size", estimated, "#KL", "#measured")
     return Cells(head, rows).without_empty()
+
+
+def _signed(change: float) -> str:
+    # What is kept may make the rest worse, where errors had cancelled each other.
+    return f"{change:+.1%}".replace("%", " %")
 
 
 def _removed(numbers: ModelNumbers, score: Score) -> float:
@@ -191,7 +212,7 @@ def left_out(numbers: ModelNumbers) -> list[str]:
     """Formats that some matrices cannot have, a sentence each."""
     return [
         f"{name}: {why}, so a block would span two rows, which training refuses; such matrices "
-        "are left out of its numbers."
+        "stay in 16 bits, in its size too, and are left out of its errors."
         for name, why in numbers.unfit.items()
     ]
 
