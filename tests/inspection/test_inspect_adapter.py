@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import fit
+from conftest import save_base
 from peft_folders import EVERYWHERE, WEIGHTS, Type, change, numbers_of, save_adapter
 from safetensors.torch import load_file
 from torch import Tensor
@@ -185,14 +186,21 @@ def test_biases_and_whole_layers_are_told(type_in: Type, saved: Any, tmp_path: P
     assert list(found["others"]) == ["lm_head.weight"]
 
 
+def test_layers_stand_in_their_order(type_in: Type, tmp_path: Path) -> None:
+    """Twelve of them, which a file of weights sorts as 0, 1, 10, 11, 2."""
+    base = save_base(tmp_path / "base", num_hidden_layers=12)
+    save_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "up_proj"])
+    found = numbers_of(type_in, "--adapter", tmp_path / "adapter")
+    layers = list(dict.fromkeys(p["place"]["layer"] for p in found["pairs"]))
+    assert layers == [str(layer) for layer in range(12)]
+
+
 # -- findings --------------------------------------------------------------------------------------
 
 
 def test_dead_and_exploding_matrices_are_named(
     type_in: Type, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from conftest import save_base
-
     base = save_base(tmp_path / "base", num_hidden_layers=4)
     save_adapter(tmp_path / "adapter", base, lora_alpha=1)
     place = "base_model.model.model.layers.{}.{}.lora_B.weight"
@@ -328,8 +336,6 @@ def test_two_runs_over_the_same_weights_are_comparable_wherever_the_base_lay(
 def test_modules_of_other_shapes_are_left_out_of_the_cosine(
     type_in: Type, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from conftest import save_base
-
     wide = save_base(tmp_path / "wide", intermediate_size=192)
     save_adapter(tmp_path / "one", tiny_base)
     save_adapter(tmp_path / "other", wide)

@@ -134,8 +134,8 @@ def _logits(numbers: ModelNumbers) -> str:
     kinds = {name: max(s.kl_divergence, 0.0) for name, s in numbers.logits.by_kind.items()}
     return "\n".join(
         [
-            f"<p>KL to the unquantised base when only one part of it is {escape(numbers.main.name)}"
-            f". {escape(worst_layers(numbers))}</p>",
+            "<p>KL to the unquantised base, nats a token, when only one part of it is "
+            f"{escape(numbers.main.name)}. {escape(worst_layers(numbers))}</p>",
             "<h3>One layer</h3>",
             columns(layers, words, "KL by layer"),
             "<h3>One kind of module, in all layers</h3>",

@@ -70,7 +70,7 @@ def formats_table(numbers: ModelNumbers) -> Cells:
         "#if normal",
         "#largest",
         "#of outputs",
-        "#KL",
+        "#KL, nats",
         "#perplexity",
         "#same token",
     )
@@ -84,7 +84,7 @@ def kinds_table(numbers: ModelNumbers) -> Cells:
         [kind, *_group(numbers, numbers.where(kind=kind)), nats(asked.get(kind))]
         for kind in numbers.kinds
     ]
-    return Cells(("kind", *_GROUP_HEAD, "#KL if only it"), rows).without_empty()
+    return Cells(("kind", *_GROUP_HEAD, "#KL if only it, nats"), rows).without_empty()
 
 
 def layers_table(numbers: ModelNumbers) -> Cells:
@@ -94,7 +94,7 @@ def layers_table(numbers: ModelNumbers) -> Cells:
         [layer or "none", *_group(numbers, numbers.where(layer=layer)), nats(asked.get(layer))]
         for layer in numbers.layers
     ]
-    return Cells(("layer", *_GROUP_HEAD, "#KL if only it"), rows).without_empty()
+    return Cells(("layer", *_GROUP_HEAD, "#KL if only it, nats"), rows).without_empty()
 
 
 _GROUP_HEAD = (
@@ -156,8 +156,8 @@ def kept_table(numbers: ModelNumbers) -> Cells:
                 _signed(-_removed(numbers, score)) if score else "",
             ]
         )
-    estimated = "#estimated" if numbers.measure == "kl" else "#error"
-    head = ("#k", "kept in 16 bits besides", "#size", estimated, "#KL", "#measured")
+    estimated = "#of KL, estimated" if numbers.measure == "kl" else "#of error"
+    head = ("#k", "kept in 16 bits besides", "#size", estimated, "#KL, nats", "#of KL, measured")
     return Cells(head, rows).without_empty()
 
 
