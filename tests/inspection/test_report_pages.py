@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -64,6 +65,17 @@ def test_the_report_of_a_base_is_a_page_that_needs_nothing(type_in: Type, adapte
     assert not [values for _, values in tags if any(k.startswith("on") for k in values)]
     for heading in ("Ways to keep the matrices", "What each part costs", "How normal"):
         assert heading in html
+    # Each kind of module in each format, as the numbers beside the page have it.
+    numbers = json.loads(Path("inspect-model/report.json").read_text("utf-8"))
+    every = html.split("Error of weights in every format")[1].split("</table>")[0]
+    assert list(numbers["formats"]) == re.findall(r"<th class=\"number\">([^<]*)</th>", every)
+    last = every.split("<td>down_proj</td>")[1]
+    told = re.findall(r"<td class=\"number\">([^<]*)</td>", last)
+    downs = [m for m in numbers["matrices"] if m["place"]["kind"] == "down_proj"]
+    for place, name in enumerate(numbers["formats"]):
+        error = sum(m["errors"][name]["squared_error"] for m in downs)
+        share = math.sqrt(error / sum(m["squared_sum"] for m in downs))
+        assert told[place] == f"{100 * share:.2f} %"
     # A cell for each of the 14 matrices in five maps, each with its number.
     assert len(re.findall(r"<title>[a-z]+_proj, layer \d: ", html)) == 5 * 14
 
