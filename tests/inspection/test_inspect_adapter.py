@@ -213,11 +213,12 @@ def test_dead_and_exploding_matrices_are_named(
     change(tmp_path / "adapter", edit)
     found = numbers_of(type_in, "--adapter", tmp_path / "adapter", "--base", base)
     told = "\n".join(found["findings"])
-    assert "exactly zero, and change nothing: model.layers.0.self_attn.q_proj" in told
+    zero = "B (or A) is exactly zero in 1 of 28 modules, which change nothing: "
+    assert f"{zero}model.layers.0.self_attn.q_proj." in told
     assert "'model.layers.1.self_attn.k_proj' is as good as dead" in told
     assert "'model.layers.2.mlp.up_proj' is" in told
     assert "times its kind's median norm" in told
-    assert "'model.layers.2.mlp.up_proj' is changed by more than itself" in told
+    assert "Changed by more than the weight itself: model.layers.2.mlp.up_proj (" in told
     assert len(found["findings"]) == 4
 
 

@@ -56,6 +56,19 @@ def test_a_column_is_as_high_as_its_number() -> None:
     assert heights[1] == pytest.approx(4 * heights[0], rel=1e-2)
 
 
+def test_cosines_of_modules_that_one_adapter_lacks_stay_blank(
+    type_in: Type, tiny_base: Path, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "one", tiny_base)
+    save_adapter(tmp_path / "two", tiny_base, target_modules=["q_proj", "v_proj"])
+    words = ("--adapter", tmp_path / "one", "--against", tmp_path / "two")
+    assert type_in("inspect", "adapter", *words)[0] == 0
+    html = Path("inspect-adapter/report.html").read_text("utf-8")
+    picture = html.split("<h3>Cosine</h3>")[1].split("</svg>")[0]
+    assert "no number" not in picture
+    assert set(re.findall(r"<title>([a-z]+_proj), layer", picture)) == {"q_proj", "v_proj"}
+
+
 def test_the_report_of_a_base_is_a_page_that_needs_nothing(type_in: Type, adapter: Path) -> None:
     code, _, said = type_in("inspect", "model", "--adapter", adapter, "--keep", "1")
     assert code == 0, said

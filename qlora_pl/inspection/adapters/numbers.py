@@ -18,6 +18,8 @@ EXPLODING = 10.0
 """Times the median norm of its kind."""
 ENOUGH = 3
 """Modules of a kind that have a median."""
+NAMED = 3
+"""Modules that a sentence about many of them names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +206,7 @@ def findings(pairs: Sequence[PairNumbers]) -> list[str]:
         ]
     if zero:
         told.append(
-            f"{len(zero)} of {len(pairs)} modules have a B (or A) that is exactly zero, and change "
+            f"B (or A) is exactly zero in {len(zero)} of {len(pairs)} modules, which change "
             f"nothing{but}: {_some(zero)}."
         )
     for kind in dict.fromkeys(p.place.kind for p in sound):
@@ -218,12 +220,17 @@ def findings(pairs: Sequence[PairNumbers]) -> list[str]:
                 told.append(f"'{p.module}' is as good as dead: {ratio:.1e} of its kind's median.")
             if ratio > EXPLODING:
                 told.append(f"'{p.module}' is {ratio:,.0f} times its kind's median norm.")
-    told += [
-        f"'{p.module}' is changed by more than itself ({p.change.share:.0%} of its norm)."
-        for p in sound
-        if p.change is not None and p.change.share > 1
-    ]
-    return told
+    return told + _changed_by_more_than_themselves(sound)
+
+
+def _changed_by_more_than_themselves(pairs: Sequence[PairNumbers]) -> list[str]:
+    shares = {p.module: p.change.share for p in pairs if p.change is not None}
+    above = sorted((name for name in shares if shares[name] > 1), key=lambda name: -shares[name])
+    if not above:
+        return []
+    named = ", ".join(f"{name} ({100 * shares[name]:.0f} % of its norm)" for name in above[:NAMED])
+    more = f" and {len(above) - NAMED:,} more" if len(above) > NAMED else ""
+    return [f"Changed by more than the weight itself: {named}{more}."]
 
 
 def _norm(pair: PairNumbers) -> float:
@@ -231,6 +238,6 @@ def _norm(pair: PairNumbers) -> float:
     return pair.spectrum.norm
 
 
-def _some(pairs: Sequence[PairNumbers], most: int = 3) -> str:
-    named = ", ".join(p.module for p in pairs[:most])
-    return named + (f" and {len(pairs) - most} more" if len(pairs) > most else "")
+def _some(pairs: Sequence[PairNumbers]) -> str:
+    named = ", ".join(p.module for p in pairs[:NAMED])
+    return named + (f" and {len(pairs) - NAMED:,} more" if len(pairs) > NAMED else "")

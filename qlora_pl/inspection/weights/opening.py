@@ -147,7 +147,8 @@ def refuse_damaged(model: nn.Module, name: str) -> None:
             damaged.append(f"{tensor} ({wrong:,} of {parameter.numel():,})")
     if damaged:
         more = f" and {len(damaged) - NAMED:,} more" if len(damaged) > NAMED else ""
+        tensors = "1 tensor" if len(damaged) == 1 else f"{len(damaged):,} tensors"
         raise ConfigurationError(
-            f"--model: '{name}' holds values that are NaN or infinite in {len(damaged):,} tensors: "
+            f"--model: '{name}' holds values that are NaN or infinite in {tensors}: "
             f"{', '.join(damaged[:NAMED])}{more}; such a base trains nothing, fetch it again."
         )

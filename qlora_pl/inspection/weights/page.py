@@ -117,9 +117,9 @@ def _kept(numbers: ModelNumbers) -> str:
         else f"<p>{escape(no_yaml(numbers))}</p>"
     )
     return (
-        f"<p>Modules that are best kept in 16 bits while the rest is {escape(numbers.main.name)}, "
-        f"ranked by {escape(RANKED_BY[numbers.measure])}, for a byte. Each row keeps all above it "
-        f"as well.</p>\n{kept_table(numbers).html()}\n{lines}"
+        f"<p>Modules that are best kept in 16 bits while the rest is {escape(numbers.main.name)}: "
+        f"first what removes most for a byte of {escape(RANKED_BY[numbers.measure])}. Each row "
+        f"keeps all above it as well.</p>\n{kept_table(numbers).html()}\n{lines}"
     )
 
 

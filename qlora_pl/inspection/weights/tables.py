@@ -21,10 +21,11 @@ from qlora_pl.merging.scoring import Score
 
 LAYERS_NAMED = 3
 RANKED_BY = {
-    "kl": "KL of the logits, of which each module's part is estimated from its layer's and kind's",
-    "outputs": "the relative squared error of each module's outputs",
-    "weights": "the squared error of weights; --data tells which of them matter",
+    "kl": "the KL of the logits (a module's part is estimated from its layer's and its kind's)",
+    "outputs": "the relative squared error of outputs",
+    "weights": "the squared error of weights (--data tells which of them matter)",
 }
+"""Of which each suggestion removes most for a byte."""
 
 
 def percent(share: float | None, digits: int = 2) -> str:
@@ -33,7 +34,9 @@ def percent(share: float | None, digits: int = 2) -> str:
 
 
 def megabytes(number: float) -> str:
-    """Bytes as text, in MB of a million."""
+    """Bytes as text, in MB of a million; few of them in kB."""
+    if number < 1e5:
+        return f"{number / 1e3:,.1f} kB"
     return f"{number / 1e6:,.1f} MB" if number < 1e8 else f"{number / 1e6:,.0f} MB"
 
 
@@ -182,8 +185,8 @@ def summary(numbers: ModelNumbers) -> str:
         parts.append(worst)
     if numbers.kept:
         parts += [
-            f"Kept in 16 bits beside {numbers.main.name}, ranked by {RANKED_BY[numbers.measure]}, "
-            "for a byte:",
+            f"Kept in 16 bits beside {numbers.main.name}, first what removes most for a byte of "
+            f"{RANKED_BY[numbers.measure]}:",
             kept_table(numbers).markdown(),
         ]
         parts.append(f"```yaml\n{numbers.yaml}\n```" if numbers.yaml else no_yaml(numbers))
