@@ -66,8 +66,10 @@ def inspect_adapter(words: Sequence[str]) -> int:
     from qlora_pl.inspection.adapters.page import page
     from qlora_pl.inspection.adapters.reporting import report
     from qlora_pl.inspection.adapters.tables import summary
+    from qlora_pl.inspection.flag_words import in_words_of_flags
 
-    numbers = report(options)
+    with in_words_of_flags("--base"):
+        numbers = report(options)
     text, plain = summary(numbers), numbers.to_plain()
     write_report(output, page(numbers), text, plain)
     print(as_json(plain) if options.json else text)

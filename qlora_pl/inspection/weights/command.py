@@ -93,12 +93,12 @@ def inspect_model(words: Sequence[str]) -> int:
     refuse_other_contents(output, SUBJECT)
 
     # Imported here: a mistake in the flags is told at once.
-    from qlora_pl.inspection.weights.opening import in_words_of_flags
+    from qlora_pl.inspection.flag_words import in_words_of_flags
     from qlora_pl.inspection.weights.page import page
     from qlora_pl.inspection.weights.reporting import report
     from qlora_pl.inspection.weights.tables import summary
 
-    with in_words_of_flags():
+    with in_words_of_flags("--model" if options.adapter is None else "--base"):
         numbers = report(options, formats)
     text, plain = summary(numbers), numbers.to_plain()
     write_report(output, page(numbers), text, plain)
