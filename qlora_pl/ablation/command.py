@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_pl.ablation.grid.cells import Grid, make_grid
 from qlora_pl.ablation.grid.grid_file import read_grid
@@ -20,6 +22,9 @@ from qlora_pl.ablation.running.store import ENDED_BADLY
 from qlora_pl.ablation.running.watching import Watcher, status_lines
 from qlora_pl.errors import ConfigurationError, did_you_mean
 from qlora_pl.inference.flags import Flags
+
+if TYPE_CHECKING:
+    from qlora_pl.ablation.grid.resolving import GridRun
 
 DESCRIPTION = """Train a grid of runs and say what differs. Without --run, --status or --report:
 list the cells and what they would cost (--plan). Nothing that is finished is trained again."""
@@ -55,8 +60,10 @@ class AblateOptions:
     """With --executor ray: a cluster's head; None: a cluster is started here."""
     slurm: tuple[str, ...] = ()
     """With --executor slurm: KEY=VALUE for sbatch, such as partition=gpu or time=600 (minutes)."""
+    gpu: str | None = None
+    """With --plan: a card, or its memory, as `qlora-pl plan` takes it."""
     json: bool = False
-    """Print JSON in place of a table."""
+    """With --plan: JSON in place of a table."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -104,27 +111,26 @@ def ablate_command(words: Sequence[str]) -> int:
             )
         entries = _only(found["entries"], options.only)
     else:
-        entries = _only(_resolved(grid, path, options, folder, text), options.only)
-    metric = grid.file.metric.name
-    if options.status:
-        print("\n".join(status_lines(folder, entries, metric)))
-        return 0
+        runs = _resolved(grid, path, options)
+        entries = _only([_entry(run) for run in runs], options.only)
+        if not options.run:
+            print(_planned(grid, runs, entries, options))
+            return 0
+        _write_down(grid, folder, text, [_entry(run) for run in runs])
     if options.run:
         return _run(grid, folder, entries, options)
     if options.report:
         print(_reported(grid, folder, entries))
-        return 0
-    print(_planned(grid, entries, options))
+    else:
+        print("\n".join(status_lines(folder, entries, grid.file.metric.name)))
     return 0
 
 
-def _resolved(
-    grid: Grid, path: Path, options: AblateOptions, folder: GridFolder, text: str
-) -> list[GridEntry]:
+def _resolved(grid: Grid, path: Path, options: AblateOptions) -> list[GridRun]:
     from qlora_pl.ablation.grid.resolving import idle_axes, resolve  # the parser takes seconds
 
     named = [grid.file.base] if isinstance(grid.file.base, str) else list(grid.file.base)
-    files = [path.parent / name for name in named]
+    files = [Path(os.path.normpath(path.parent / name)) for name in named]
     if missing := [file for file in files if not file.is_file()]:
         raise ConfigurationError(f"base: no file '{missing[0]}'.")
     machine = None if options.machine is None else Path(options.machine)
@@ -134,30 +140,32 @@ def _resolved(
         raise ConfigurationError(f"budget.runs: the grid has {len(runs)} runs, not {budget}.")
     for axis in idle_axes(grid, runs):
         print(f"axes.{axis}: changes nothing in any run.", file=sys.stderr)
-    entries = [
-        GridEntry(
-            cell=run.cell.name,
-            seed=run.seed,
-            identity=run.identity,
-            levels=dict(run.cell.levels),
-            words=run.words,
-            changes=dict(run.cell.settings),
+    return runs
+
+
+def _entry(run: GridRun) -> GridEntry:
+    return GridEntry(
+        cell=run.cell.name,
+        seed=run.seed,
+        identity=run.identity,
+        levels=dict(run.cell.levels),
+        words=run.words,
+        changes=dict(run.cell.settings),
+    )
+
+
+def _write_down(grid: Grid, folder: GridFolder, text: str, entries: Sequence[GridEntry]) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with FolderLock(folder.path) as lock:
+        _refuse_second(folder, lock)
+        folder.write(text, entries, {"question": grid.file.question})
+
+
+def _refuse_second(folder: GridFolder, lock: FolderLock) -> None:
+    if not lock.is_held:
+        raise ConfigurationError(
+            f"'{folder.path}' is being run by another process; wait until it ends."
         )
-        for run in runs
-    ]
-    if options.run:
-        with FolderLock(_made(folder.path)) as lock:
-            if not lock.is_held:
-                raise ConfigurationError(
-                    f"'{folder.path}' is being run by another process; wait until it ends."
-                )
-            folder.write(text, entries, {"question": grid.file.question})
-    return entries
-
-
-def _made(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _only(entries: list[GridEntry], names: Sequence[str]) -> list[GridEntry]:
@@ -170,12 +178,28 @@ def _only(entries: list[GridEntry], names: Sequence[str]) -> list[GridEntry]:
     return [entry for entry in entries if not names or {entry.cell, entry.name} & set(names)]
 
 
-def _planned(grid: Grid, entries: Sequence[GridEntry], options: AblateOptions) -> str:
+def _planned(
+    grid: Grid, runs: Sequence[GridRun], entries: Sequence[GridEntry], options: AblateOptions
+) -> str:
+    from qlora_pl.ablation.grid.costs import costs_of, costs_text
+    from qlora_pl.planning.work.cards import card_named
+
+    card = None if options.gpu is None else card_named(options.gpu)
+    names = {entry.name for entry in entries}
+    costs = costs_of([run for run in runs if run.name in names], card)
+    budget = grid.file.budget.hours
+    hours = sum(one.device_hours or 0.0 for one in costs)
+    if budget is not None and hours > budget:
+        raise ConfigurationError(
+            f"budget.hours: the grid is planned to take {hours:.1f} device hours on {options.gpu}, "
+            f"not {budget:g}."
+        )
     if options.json:
-        return json.dumps([vars(entry) for entry in entries], indent=1)
-    lines = [grid.file.question, ""]
-    lines += [f"{entry.name}\n    qlora-pl fit {' '.join(entry.words)}" for entry in entries]
-    return "\n".join([*lines, "", f"{len(entries)} runs in {len(grid.cells)} cells"])
+        plain = {"cells": [vars(one) for one in costs], "runs": [vars(entry) for entry in entries]}
+        return json.dumps(plain, indent=1)
+    commands = [f"{entry.name}:\n  qlora-pl fit {shlex.join(entry.words)}" for entry in entries]
+    table = costs_text(costs, card, len(grid.file.seeds))
+    return "\n".join([grid.file.question, "", *commands, "", table])
 
 
 def _reported(grid: Grid, folder: GridFolder, entries: Sequence[GridEntry]) -> Path:
@@ -198,10 +222,7 @@ def _run(
     before = {number: signal.signal(number, lambda *_: stopping.set()) for number in STOPS}
     try:
         with FolderLock(folder.path) as lock:
-            if not lock.is_held:
-                raise ConfigurationError(
-                    f"'{folder.path}' is being run by another process; wait until it ends."
-                )
+            _refuse_second(folder, lock)
             tasks = [folder.task(entry, Path.cwd(), 0) for entry in wanted]
             if tasks:
                 executor_of(options, folder).run(tasks, watcher, stopping)

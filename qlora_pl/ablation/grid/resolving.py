@@ -32,6 +32,8 @@ class GridRun:
     """For ``qlora-pl fit``, without where it writes."""
     config: Mapping[str, Any]
     """The whole resolved configuration, with dotted keys."""
+    parsed: Any
+    """The same as the parser gives it, with the cell's first seed."""
 
     @property
     def name(self) -> str:
@@ -92,6 +94,7 @@ def resolve(grid: Grid, files: Sequence[Path], machine: Path | None = None) -> l
                     identity=identity_of(own, data),
                     words=tuple(words_of(files, cell, seed, machine)),
                     config=own,
+                    parsed=parsed,
                 )
             )
     return runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ def settings_table(found: GridNumbers) -> Cells:
 
 def commands(found: GridNumbers) -> list[str]:
     """The command of each run that alone gives the same result."""
-    return [f"qlora-pl fit {' '.join(run.entry.words)}" for run in found.runs]
+    return [f"qlora-pl fit {shlex.join(run.entry.words)}" for run in found.runs]
 
 
 def as_csv(found: GridNumbers) -> str:

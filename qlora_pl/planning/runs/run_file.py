@@ -34,6 +34,20 @@ def planned_file(words: list[str], num_devices: int | None, reads_all: bool) -> 
         logging.getLogger(name).setLevel(logging.WARNING)
     devices = [] if num_devices is None else _device_words(num_devices)
     (run,) = read_runs([[*words, *devices]])
+    return planned_config(run, num_devices, reads_all)
+
+
+def planned_config(run: Any, num_devices: int | None = None, reads_all: bool = False) -> PlannedRun:
+    """A run that has been parsed already.
+
+    Args:
+        run: From ``read_runs``.
+        num_devices: Over all machines; None: as the run says.
+        reads_all: See ``planned_run.configured``.
+
+    Raises:
+        ConfigurationError: if its base's sizes are not known, or a step cannot be shared out.
+    """
     shape = shape_of_run(run)
     devices_in_all = num_devices or devices_of(run.trainer)
     accumulation = _accumulation(run, devices_in_all)
