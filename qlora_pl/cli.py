@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -21,20 +20,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from qlora_pl.data.batches.global_batch import AUTO, settle_accumulation
+from qlora_pl.data.batches.global_batch import settle_accumulation
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.modeling.adapters.lora import LoRAConfig
-from qlora_pl.modeling.answers.decoding import DecodingConfig
-from qlora_pl.modeling.base.identity import is_hub_name, locate_base, refuse_unpinned_code
-from qlora_pl.modeling.base.quantization import QuantizationConfig
-from qlora_pl.modeling.full_training import refuse_packed_weights
 from qlora_pl.modeling.module import QLoRAModule
-from qlora_pl.modeling.optimization.optimizers import OptimizerConfig, ScheduleConfig
-from qlora_pl.parsing import explain_parser_error, not_finite, unknown_keys
-from qlora_pl.redaction import secrets_in
-from qlora_pl.strategies.choice import refuse_other_strategies, strategy_named
+from qlora_pl.parsing import explain_parser_error, unknown_keys
+from qlora_pl.run_checks import check_run, complete, settings
+from qlora_pl.strategies.choice import strategy_named
 from qlora_pl.strategies.fitting import fitting_strategy, num_gpus
 from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
 from qlora_pl.training.memory.auto_batch import AutoBatch
@@ -56,8 +49,6 @@ from qlora_pl.training.stopping import (
 from qlora_pl.training.trainer_settings import (
     RunTrainer,
     check_seed,
-    check_trainer,
-    refuse_dependent,
 )
 from qlora_pl.training.watching.monitoring import RunMetrics
 from qlora_pl.training.watching.predictions import PredictionWriter
@@ -75,8 +66,6 @@ register_type(
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = 3
-DEFAULT_ACCUMULATION = 4  # with batch_size 4 the paper's 16 rows a step
 TRAINER_DEFAULTS = {
     "precision": "32-true",  # types are set when the base is loaded, and by nothing else
     "gradient_clip_val": 0.3,  # the paper's (table 9)
@@ -326,15 +315,6 @@ def read_runs(argument_lists: list[list[str]]) -> list[Namespace]:
     return runs
 
 
-def flat_values(run: Namespace) -> dict[str, Any]:
-    """Every value of a run by its dotted key, in plain types; lists as JSON.
-
-    Without ``config``, the files that it was read from.
-    """
-    values = _plain(run.as_dict())
-    return flatten({key: value for key, value in values.items() if key != "config"})
-
-
 def first_sentence(error: BaseException) -> str:
     """The first line of a library's message, as one sentence."""
     lines = str(error).strip().splitlines()
@@ -354,75 +334,3 @@ def result_line(trainer: Trainer, command: str, folder: Path) -> str:
     )
     is_scored = command in ("validate", "test") and figures
     return f"{command}: {figures}: {folder}" if is_scored else f"{command}: {folder}"
-
-
-def complete(run: Namespace) -> Namespace:
-    """Fill the values whose default comes from another section; they stay settable."""
-    if run.data.tokenizer is None:
-        run.data.tokenizer = run.model.model_name_or_path
-    if run.run.name is None:
-        files = [Path(str(path)) for path in run.get("config") or []]
-        named = files[-1].stem if files else Path(str(run.model.model_name_or_path)).name
-        run.run.name = named or "run"
-    trainer = run.trainer
-    if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
-        trainer.max_epochs = DEFAULT_EPOCHS
-    is_open = run.data.global_batch_size is None and run.data.batch_size != AUTO
-    if trainer.accumulate_grad_batches is None and is_open:
-        trainer.accumulate_grad_batches = DEFAULT_ACCUMULATION
-    return run
-
-
-def check_run(run: Namespace) -> list[str]:
-    """Every problem of a parsed run that can be found without reading rows or weights."""
-    values = run.as_dict()
-    if problems := [*not_finite(values), *secrets_in(_plain(values))]:
-        return problems
-    model, samples = settings(run.model), settings(run.samples)
-    groups: list[Callable[[], Any]] = [
-        lambda: QuantizationConfig(**settings(model["quantization"])),
-        lambda: LoRAConfig(**settings(model["lora"])),
-        lambda: refuse_packed_weights(
-            QuantizationConfig(**settings(model["quantization"])),
-            LoRAConfig(**settings(model["lora"])),
-        ),
-        lambda: OptimizerConfig(**settings(model["optimizer"])),
-        lambda: ScheduleConfig(**settings(model["schedule"])),
-        lambda: DecodingConfig(**settings(model["decoding"])),
-        lambda: _check_base(model["model_name_or_path"]),
-        lambda: refuse_unpinned_code(
-            model["model_name_or_path"], model["revision"], model["trust_remote_code"]
-        ),
-        lambda: InstructionDataModule(**settings(run.data)),
-        lambda: AdapterCheckpoint(**settings(run.checkpoint)),
-        lambda: SampleWriter(
-            **samples | {"decoding": DecodingConfig(**settings(samples["decoding"]))}
-        ),
-        lambda: RunConfig(**settings(run.run)),
-        lambda: check_trainer(run.trainer),
-        lambda: refuse_other_strategies(run.trainer),
-        lambda: refuse_dependent(run),
-    ]
-    for group in groups:
-        try:
-            group()
-        except ConfigurationError as error:
-            problems += error.problems
-    return list(dict.fromkeys(problems))  # two groups may stand on the same value
-
-
-def settings(group: Namespace) -> dict[str, Any]:
-    """The keys of a group, without what the parser notes besides (the file it came from)."""
-    return {key: value for key, value in vars(group).items() if not key.startswith("__")}
-
-
-def _plain(value: Any) -> Any:
-    """Values as run.yaml will have them."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return value.plain() if isinstance(value, RowSources) else value
-
-
-def _check_base(name: str) -> None:
-    if not is_hub_name(name):
-        locate_base(name, None, None)

@@ -16,14 +16,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 
-from qlora_pl.cli import (
-    DEFAULT_ACCUMULATION,
-    DEFAULT_EPOCHS,
-    TRAINER_DEFAULTS,
-    QLoRAParser,
-    RunReader,
-)
+from qlora_pl.cli import TRAINER_DEFAULTS, QLoRAParser, RunReader
 from qlora_pl.data.reading.sources import RowSources, SourceConfig
+from qlora_pl.run_checks import DEFAULT_ACCUMULATION, DEFAULT_EPOCHS
 
 HEAD = """# Configuration: every key
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_pl.cli import DEFAULT_EPOCHS, TRAINER_DEFAULTS, RunReader, complete
+from qlora_pl.cli import TRAINER_DEFAULTS, RunReader
 from qlora_pl.data.reading.formats import FORMATS
 from qlora_pl.data.reading.sources import RowSources, SourceConfig
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.key_reference import OWN_WORDS, page
+from qlora_pl.run_checks import DEFAULT_EPOCHS, complete
 
 PAGE = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
 BASE, ROWS = ["--model.model_name_or_path", "BASE"], ["--data.sources", "ROWS"]

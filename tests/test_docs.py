@@ -67,7 +67,7 @@ def test_a_fit_command_of_the_pages_parses(
 ) -> None:
     """Paths that a reader brings are replaced; every key and file of the project is real."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("qlora_pl.cli.locate_base", lambda *_: tiny_base)
+    monkeypatch.setattr("qlora_pl.run_checks.locate_base", lambda *_: tiny_base)
     words = shlex.split(command)[2:]
     words = ["experiments/quickstart.yaml" if word == "my.yaml" else word for word in words]
     words = [str(rows_file) if word == "rows.jsonl" else word for word in words]

@@ -15,13 +15,14 @@ from families import BY_NAME
 from transformers import AutoConfig
 
 from qlora_pl.__main__ import main
-from qlora_pl.cli import read_runs, settings
+from qlora_pl.cli import read_runs
 from qlora_pl.data.batches.ordering import epoch_steps
 from qlora_pl.data.reading.sources import SourceConfig
 from qlora_pl.modeling.adapters.lora import LoRAConfig, refuse_unfit_ranks, resolve_targets
 from qlora_pl.modeling.base.identity import is_hub_name
 from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
+from qlora_pl.run_checks import settings
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -61,7 +62,7 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 def quickstart_base(monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> None:
     """The quickstart's base exists only after ``make quickstart``."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("qlora_pl.cli.locate_base", lambda *_: tiny_base)
+    monkeypatch.setattr("qlora_pl.run_checks.locate_base", lambda *_: tiny_base)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name)

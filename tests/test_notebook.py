@@ -18,7 +18,8 @@ import warm
 from nbclient import NotebookClient
 from notebook_cells import assert_clean, code_cells, printed
 
-from qlora_pl.cli import read_runs, settings
+from qlora_pl.cli import read_runs
+from qlora_pl.run_checks import settings
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks/quickstart.ipynb"
@@ -102,7 +103,7 @@ def test_the_module_and_the_data_are_those_of_the_quickstart_experiment(
 ) -> None:
     """Only ``decoding`` differs, which in the experiment belongs to its samples."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("qlora_pl.cli.locate_base", lambda *_: tiny_base)
+    monkeypatch.setattr("qlora_pl.run_checks.locate_base", lambda *_: tiny_base)
     (run,) = read_runs([["--config", "experiments/quickstart.yaml"]])
     cells = code_cells(notebook)
     scope: dict[str, Any] = {}

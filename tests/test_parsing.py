@@ -10,9 +10,10 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
-from qlora_pl.cli import RunReader, check_run, complete, settings
+from qlora_pl.cli import RunReader
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.parsing import not_finite, unknown_keys
+from qlora_pl.run_checks import check_run, complete, settings
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]
 

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from lightning.pytorch import Trainer
 
-from qlora_pl.cli import DEFAULT_EPOCHS, QLoRAParser
+from qlora_pl.cli import QLoRAParser
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import SourceConfig
 from qlora_pl.explaining.catalogue import PACKAGE, Catalogue, Entry
@@ -21,6 +21,7 @@ from qlora_pl.explaining.references import mentions, pages
 from qlora_pl.explaining.units import unit_of
 from qlora_pl.key_reference import in_markdown, read_keys, run_parser
 from qlora_pl.modeling.module import QLoRAModule
+from qlora_pl.run_checks import DEFAULT_EPOCHS
 from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
 from qlora_pl.training.run_folders.run_folder import RunConfig
 from qlora_pl.training.watching.samples import SampleWriter

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from qlora_pl.cli import settings
 from qlora_pl.data.batches.global_batch import accumulation_of
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.optimization.optimizers import ScheduleConfig, build_schedule
+from qlora_pl.run_checks import settings
 
 
 def refuse_contradictions(run: Any) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_pl.cli import settings
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.adapters.lora import (
     LoRAConfig,
@@ -31,6 +30,7 @@ from qlora_pl.modeling.base.quantization_plan import build_skeleton
 from qlora_pl.modeling.full_training import refuse_packed_weights
 from qlora_pl.modeling.loading.sharded_loading import refuse_unshardable
 from qlora_pl.modeling.sharding import unit_names
+from qlora_pl.run_checks import settings
 from qlora_pl.smoke.base_files import BaseFiles, refuse_missing_head, stored_tensors
 from qlora_pl.smoke.narrowing import WIDEST, Narrowed, narrow
 from qlora_pl.smoke.stand_in_tokenizer import TURN_ENDS

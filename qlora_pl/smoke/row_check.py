@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_pl.cli import settings
 from qlora_pl.data.encoding.example import TracedExample
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.data.splits import BaseFacts, prepare_encoder
 from qlora_pl.inspection.data.run_data import TRAIN, VAL, RowsOfRun
+from qlora_pl.run_checks import settings
 from qlora_pl.smoke.checklist import StepError
 from qlora_pl.smoke.first_rows import MOST_ROWS, FirstRows
 

@@ -152,7 +152,7 @@ def test_a_grid_that_is_killed_and_started_again_ends_as_if_it_had_not_been(
             _kill_with_runs(process)
         else:
             process.kill()
-        process.wait()
+        process.communicate()
     assert "4 runs: 4 finished" in run(tmp_path, "--config", path, "--run", "--root", "killed")
     whole, killed = outcomes(tmp_path / "whole"), outcomes(tmp_path / "killed")
     assert len(whole) == 4
@@ -170,14 +170,14 @@ def _kill_with_runs(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_lets_runs_save_and_a_failed_cell_does_not_stop_the_others(
+def test_a_cell_that_diverges_does_not_stop_the_others(
     tmp_path: Path, tiny_base: Path, rows: Path
 ) -> None:
     path = write_grid(
         tmp_path,
         tiny_base,
         rows,
-        axes={"rate": {"key": "model.optimizer.lr", "values": [1e30, 1e-4]}},
+        axes={"rate": {"key": "model.optimizer.lr", "values": [1e8, 1e-4]}},
         comparisons={},
         seeds=[0],
     )

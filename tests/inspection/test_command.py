@@ -81,7 +81,7 @@ def test_the_quickstart_is_without_fault(
 ) -> None:
     """Its rows are 240 and 40 lines; the tiny tokenizer needs more room than the file's."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("qlora_pl.cli.locate_base", lambda *_: tiny_base)
+    monkeypatch.setattr("qlora_pl.run_checks.locate_base", lambda *_: tiny_base)
     config = ("data", "--config", "experiments/quickstart.yaml", "--data.max_length", "1024")
     output = tmp_path / "page.html"
     tokenizer = ("--data.tokenizer", str(tiny_base), "--model.model_name_or_path", "BASE")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_runs import fit
+from lightning.pytorch import Callback
 from test_resume import adapter_bytes, run
 
 from qlora_pl.errors import TrainingStoppedError
@@ -117,3 +119,20 @@ def test_a_write_that_fails_leaves_the_old_content(
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept.json"]
+
+
+class Grow(Callback):
+    """Lets the weights grow beyond bounds in the first step."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(1e38)
+
+
+def test_a_model_that_has_diverged_is_told_so_at_the_save(
+    tmp_path: Path, tiny_base: Path, rows_file: Path
+) -> None:
+    """Its logits are not finite, which is not the adapter folder's fault."""
+    with pytest.raises(TrainingStoppedError, match="gives logits that are not finite"):
+        fit(tmp_path, tiny_base, rows_file, Grow())

@@ -63,7 +63,7 @@ class Grid:
         names = [cell.name for cell in self.cells]
         if self.file.comparisons.all_pairs:
             return [(other, one) for one, other in itertools.combinations(names, 2)]
-        return [(name, self.reference) for name in names if self.reference not in (None, name)]  # type: ignore[misc]
+        return [(name, self.reference) for name in names if self.reference not in (None, name)]
 
 
 def make_grid(file: GridFile) -> Grid:
@@ -117,7 +117,7 @@ def _levels(axis: AxisConfig) -> tuple[Level, ...]:
 def label_of(value: Any) -> str:
     """A value in short: numbers without zeros that say nothing, the rest as JSON has it."""
     if isinstance(value, float) and math.isfinite(value):
-        return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from qlora_pl.ablation.grid.cells import Cell, Grid
 from qlora_pl.ablation.grid.identity import data_digest, identity_of
-from qlora_pl.cli import RunConfigs, flat_values
+from qlora_pl.cli import RunConfigs
 from qlora_pl.errors import ConfigurationError
+from qlora_pl.run_checks import flat_values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_pl.cli import DEFAULT_ACCUMULATION, read_runs, settings
+from qlora_pl.cli import read_runs
 from qlora_pl.data.conversation import Conversation
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.encoding.lengths import Limits
@@ -22,6 +22,7 @@ from qlora_pl.data.rows.preparation import EncodedSplit, prepare_split
 from qlora_pl.data.splits import BaseFacts, limits_of
 from qlora_pl.errors import ConfigurationError, DatasetFormatError, QLoRAError
 from qlora_pl.files import cache_root
+from qlora_pl.run_checks import DEFAULT_ACCUMULATION, settings
 
 TRAIN, VAL = "data.sources", "data.val_sources"
 

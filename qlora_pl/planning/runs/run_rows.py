@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from qlora_pl.cli import settings
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.data_files import PathError, find_files
 from qlora_pl.data.reading.sources import NO_ROWS
 from qlora_pl.data.splits import BaseFacts
 from qlora_pl.errors import QLoRAError
 from qlora_pl.planning.shapes.local_files import is_model_here
+from qlora_pl.run_checks import settings
 
 READ_AT_MOST = 10 * 2**20
 """Bytes of files that are read unasked: some five seconds of encoding."""

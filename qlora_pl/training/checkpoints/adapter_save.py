@@ -272,7 +272,7 @@ def compare_logits(module: LightningModule, tensors: Mapping[str, Tensor], folde
     """Swap the tensors that were read back into the live model; its logits must not change a bit.
 
     Raises:
-        TrainingStoppedError: if they do.
+        TrainingStoppedError: if they do, or are not finite before.
     """
     import peft  # slow to import
 
@@ -287,6 +287,11 @@ def compare_logits(module: LightningModule, tensors: Mapping[str, Tensor], folde
         peft.set_peft_model_state_dict(model, dict(tensors))
         after = model(**inputs, use_cache=False).logits
         peft.set_peft_model_state_dict(model, kept)
+    if not before.isfinite().all():
+        raise TrainingStoppedError(
+            f"The model that '{folder}' was saved of gives logits that are not finite: its weights "
+            "have grown too large; lower model.optimizer.lr."
+        )
     if not torch.equal(before, after):
         raise TrainingStoppedError(
             f"The adapter in '{folder}' gives other logits than the model that was trained."
