@@ -52,6 +52,7 @@ def row(run: PlannedRun) -> str:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    del sys.argv[1:]  # the parser of runs would wonder whose they are
     print(draw_figure6(folder / "memory-figure6.png"))
     draw_growth(folder / "memory-growth.png")
     print(HEAD)

@@ -12,17 +12,13 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import MutableMapping
-from importlib.metadata import PackageNotFoundError, version
 
 from qlora_pl import __version__
+from qlora_pl.allocator import prefer_expandable_segments
 from qlora_pl.commands import COMMANDS, OTHER_COMMANDS, TRAINER_COMMANDS
 from qlora_pl.errors import QLoRAError, did_you_mean
 from qlora_pl.redaction import RedactingFormatter, print_redacted_traceback, redact
 
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Where torch reads the settings of its allocator from; the first has had effect since 2.11 only
-(2.9 ignores it without a word), and the second is deprecated from there on."""
 DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -96,25 +92,6 @@ def run_trainer_command() -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     QLoRACLI()  # no arguments: Lightning starts further processes with this one's
     return 0
-
-
-def prefer_expandable_segments(variables: MutableMapping[str, str]) -> None:
-    """Let the CUDA allocator grow its segments, unless the user has set anything of it.
-
-    Batches of ever other widths leave holes in segments of a fixed size, so that memory runs out
-    while some is free. Read when CUDA is initialised; without CUDA it means nothing.
-
-    Args:
-        variables: The environment, which further processes of a run inherit.
-    """
-    if any(name in variables for name in ALLOCATOR_VARIABLES):
-        return
-    try:
-        release = tuple(int(part) for part in version("torch").split(".")[:2])
-    except (PackageNotFoundError, ValueError):  # what has no such number was built by hand, lately
-        release = (2, 11)
-    name = ALLOCATOR_VARIABLES[0 if release >= (2, 11) else 1]
-    variables[name] = "expandable_segments:True"
 
 
 def run_other_command(name: str) -> int:

@@ -54,7 +54,7 @@ itself a file for `--config`. `validate`, `test` and `predict` take the same key
 SOURCES = """`data.sources`, `data.val_sources` and `data.test_sources` take a file, a Hub name, a
 mapping with these keys, or a list of these ([data.md](data.md) shows them).
 """
-CHANGED = """Lightning's trainer has keys of its own, which `qlora-pl fit --help` explains. These
+CHANGED = """Lightning's trainer has keys of its own, which `qlora-pl explain trainer` lists. These
 have another default here:
 """
 FILLED_IN = f"""`trainer.max_epochs` becomes {DEFAULT_EPOCHS} where neither it nor

@@ -188,7 +188,7 @@ def make_data(rows: Path, **changes: Any) -> InstructionDataModule:
     return InstructionDataModule(rows, **settings | changes)
 
 
-def make_trainer(folder: Path, *callbacks: Callback) -> Trainer:
+def make_trainer(folder: Path, *callbacks: Callback, save_every: int = 1) -> Trainer:
     return Trainer(
         default_root_dir=folder,
         max_steps=3,
@@ -199,7 +199,7 @@ def make_trainer(folder: Path, *callbacks: Callback) -> Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
         limit_val_batches=1,
-        callbacks=[AdapterCheckpoint(every_n_steps=1), *callbacks],
+        callbacks=[AdapterCheckpoint(every_n_steps=save_every), *callbacks],
     )
 
 
@@ -213,7 +213,8 @@ def fit(
     """
     seed_everything(3)
     module = make_module(base, **s)
-    trainer = make_trainer(folder, KillAt(kill_at), *callbacks)
+    save_every = 100 if kill_at is None else 1  # and at its end
+    trainer = make_trainer(folder, KillAt(kill_at), *callbacks, save_every=save_every)
     trainer.fit(module, make_data(rows), ckpt_path=newest_verified(folder))
     return module
 

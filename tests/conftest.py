@@ -5,6 +5,8 @@ Real bitsandbytes NF4 runs over them on any CPU, so nothing in the tests stands 
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 import re
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from docstring_parser.attrdoc import AttributeDocstrings
 from slow_cases import comes_first, is_slow_case
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -31,12 +34,31 @@ PAGE = (
 )
 
 
+_read_docstrings = AttributeDocstrings.get_attr_docs
+
+
+@functools.cache
+def _docstrings_read_once(component: Any) -> Any:
+    return _read_docstrings(AttributeDocstrings(), component)
+
+
+# Reading the same files is half of building a parser of a run, of which the tests build hundreds.
+AttributeDocstrings.get_attr_docs = lambda _, component: _docstrings_read_once(component)  # type: ignore[method-assign]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what stands for itself in a longer run only; long files come first."""
     for item in items:
         if is_slow_case(item.nodeid):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not comes_first(item.nodeid))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_looked_through() -> None:
+    """A ``gc.collect()`` of the project takes half a second over all that the libraries define."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

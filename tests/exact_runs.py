@@ -1,20 +1,19 @@
 """A run in float64 whose weights stand still, and what its steps were; alone or as one of several.
 
 As a program it is one device of a run that ``torchrun`` would have started:
-``python exact_runs.py settings.json``, with the rank in the environment.
+``python exact_runs.py SETTINGS``, which are JSON, with the rank in the environment.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from gloo import run_processes
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
@@ -106,32 +105,8 @@ def run(settings: dict[str, Any]) -> tuple[QLoRAModule, Steps]:
 
 
 def run_on_two(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The same as two processes that talk through gloo; what each of them noted."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "settings.json").write_text(json.dumps(settings | {"devices": 2}))
-    shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder / "settings.json")],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    """The same as two processes that talk through gloo; what each of them noted in ``folder``."""
+    run_processes(Path(__file__), 2, settings | {"devices": 2, "noted": str(folder)})
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -149,10 +124,10 @@ def largest_error(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
+    given = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    _, noted = run(json.loads(path.read_text()))
-    rank = os.environ["RANK"]
+    _, noted = run(given)
     torch.save(
-        {"steps": noted.steps, "validation": noted.validation}, path.parent / f"rank{rank}.pt"
+        {"steps": noted.steps, "validation": noted.validation},
+        Path(given["noted"]) / f"rank{os.environ['RANK']}.pt",
     )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent
+import warm
 
 
 def run_processes(program: Path, number: int, settings: dict[str, Any]) -> str:
@@ -25,18 +22,9 @@ def run_processes(program: Path, number: int, settings: dict[str, Any]) -> str:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path]),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), json.dumps(settings)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(number)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(said)
-    return "\n".join(said)
+    places = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    ended = warm.run(program, json.dumps(settings), environments=places)
+    said = "\n".join(process.stdout + process.stderr for process in ended)
+    assert all(process.returncode == 0 for process in ended), said
+    return said

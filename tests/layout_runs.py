@@ -1,21 +1,20 @@
 """A run in float32 that may be stopped, in one process or as one of several that talk over gloo.
 
 As a program it is one device of a run that ``torchrun`` would have started:
-``python layout_runs.py settings.json``, with the rank in the environment.
+``python layout_runs.py SETTINGS``, which are JSON, with the rank in the environment.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from adapter_runs import KillAt, Killed
+from gloo import run_processes
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from qlora_pl.batch import FILLER_ROW
@@ -117,35 +116,8 @@ def run_on(devices: int, settings: dict[str, Any]) -> None:
         except Killed:
             assert settings.get("kill_at") is not None
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = Path(settings["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    path.write_text(json.dumps(settings | {"devices": devices}))
-    here = Path(__file__).parent
-    shared = {
-        "WORLD_SIZE": str(devices),
-        "LOCAL_WORLD_SIZE": str(devices),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here), *sys.path]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(path)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(devices)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * devices, said
+    Path(settings["folder"]).mkdir(parents=True, exist_ok=True)
+    run_processes(Path(__file__), devices, settings | {"devices": devices})
 
 
 def rows_of_steps(folder: Path) -> dict[int, list[str]]:
@@ -172,7 +144,7 @@ def rows_of_steps(folder: Path) -> dict[int, list[str]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        run(json.loads(Path(sys.argv[1]).read_text()))
+        run(json.loads(sys.argv[1]))
     except Killed:
         sys.stdout.flush()
         os._exit(0)

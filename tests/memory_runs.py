@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from adapter_runs import KillAt
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
@@ -111,10 +112,12 @@ def train(
     trainer: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     compute: str = "float32",
-    save_every: int = 1,
     **model: Any,
 ) -> QLoRAModule:
-    """Eight rows a step in two micro-batches, some of them short; goes on from a checkpoint."""
+    """Eight rows a step in two micro-batches, some of them short; goes on from a checkpoint.
+
+    It saves at its end; one that is to be killed, at every step.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     seed_everything(3)
     settings: dict[str, Any] = {
@@ -143,6 +146,7 @@ def train(
         "gradient_clip_val": 0.3,
     } | dict(trainer or {})
     chosen["strategy"] = strategy_named("auto" if chosen["devices"] == 1 else "ddp")
+    save_every = 1 if any(isinstance(callback, KillAt) for callback in callbacks) else 100
     run = Trainer(
         default_root_dir=folder,
         callbacks=[RunMetrics(), AdapterCheckpoint(every_n_steps=save_every), *callbacks],

@@ -8,10 +8,8 @@ from importlib.metadata import version
 
 import pytest
 
-from qlora_pl import __main__
-from qlora_pl.__main__ import ALLOCATOR_VARIABLES, prefer_expandable_segments
-
-EXPANDABLE = "expandable_segments:True"
+from qlora_pl import allocator
+from qlora_pl.allocator import ALLOCATOR_VARIABLES, EXPANDABLE, prefer_expandable_segments
 
 
 @pytest.mark.parametrize(
@@ -28,7 +26,7 @@ def test_the_variable_is_the_one_that_this_release_of_torch_obeys(
     release: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch 2.9.1 ignores the newer name without a word (pytorch #183387); 2.11 does not."""
-    monkeypatch.setattr(__main__, "version", lambda package: release)
+    monkeypatch.setattr(allocator, "version", lambda package: release)
     variables: dict[str, str] = {}
     prefer_expandable_segments(variables)
     assert variables == {name: EXPANDABLE}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 import yaml
 
 TESTS = Path(__file__).parent
@@ -51,34 +52,34 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, rows_fi
     return folder
 
 
-def qlora_pl(workplace: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in the workplace."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [sys.executable, "-m", "qlora_pl", *words],
-        cwd=workplace,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        # A shell that puts the tests into the background has all of them ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
 def fit(
     workplace: Path,
     name: str,
     kill_at: int | None = None,
     *words: str,
     number: int = signal.SIGKILL,
+    is_fresh: bool = True,
 ) -> Any:
+    """Run the command line in the workplace; not fresh: in a process that has imported it."""
     words = ("fit", "--config", "tiny.yaml", "--run.name", name, *words)
     if kill_at is not None:
         settings = {"micro_batch": kill_at, "number": int(number)}
         callback = {"class_path": "killing.KillAt", "init_args": settings}
         words += ("--trainer.callbacks+", json.dumps(callback))
-    return qlora_pl(workplace, *words)
+    environment = {"PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "ignore"}
+    if not is_fresh:
+        (ended,) = warm.run("qlora_pl", *words, environments=[environment], folder=workplace)
+        return ended
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_pl", *words],
+        cwd=workplace,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        # A shell that puts the tests into the background has all of them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def history(run: Path) -> list[tuple[str, ...]]:
@@ -152,7 +153,7 @@ def test_a_run_that_is_told_to_stop_says_where_it_can_be_continued(
 
 
 def test_a_run_that_is_told_to_stop_before_its_first_step_leaves_nothing(workplace: Path) -> None:
-    stopped = fit(workplace, "early", 0, number=signal.SIGTERM)
+    stopped = fit(workplace, "early", 0, number=signal.SIGTERM, is_fresh=False)
     assert stopped.returncode == 143, stopped.stderr
     last = stopped.stderr.strip().splitlines()[-1]
     assert last == "qlora-pl: Stopped before the first checkpoint."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -252,7 +253,7 @@ def test_a_base_that_lies_half_on_the_cpu_gives_the_logits_of_the_gpu(
 
 SAYS_WHETHER_SEGMENTS_EXPAND = """
 import os
-from qlora_pl.__main__ import prefer_expandable_segments
+from qlora_pl.allocator import prefer_expandable_segments
 prefer_expandable_segments(os.environ)
 import torch
 torch.zeros(1, device="cuda")
@@ -276,6 +277,26 @@ def test_the_allocators_segments_expand_unless_the_user_says_otherwise(
         check=True,
     ).stdout
     assert said.split() == [str(expands)]
+
+
+def test_what_the_allocator_holds_for_each_byte_in_use_is_logged(
+    tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    fit(tmp_path, tiny_base, rows_file, steps=2)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["memory/reserved_over_allocated"]) >= 1
+
+
+def test_doctor_finds_that_segments_grow() -> None:
+    from qlora_pl.doctor.checks import BY_NAME
+    from qlora_pl.doctor.command import examine
+
+    checks = [BY_NAME[name] for name in ("torch", "devices", "allocator")]
+    found = {check.name: findings for check, findings in examine(checks, 60.0)}
+    [finding] = found["allocator"]
+    inherited = any("ALLOC_CONF" in name for name in os.environ)
+    assert inherited or finding.found.startswith("segments grow")
 
 
 WIDE = {

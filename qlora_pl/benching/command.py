@@ -44,7 +44,7 @@ def bench_command(words: Sequence[str]) -> int:
 
         return work(words[1], Path(words[2]))
     given = [name for name in MODES if _is_given(words, name)]
-    flags = _flags()
+    flags = all_flags()
     if not words or _is_given(words, "help") or "-h" in words:
         print(flags.format_help())
         return 0
@@ -142,7 +142,8 @@ def _is_given(words: Sequence[str], name: str) -> bool:
     return any(word.partition("=")[0] == f"--{name}" for word in words)
 
 
-def _flags() -> Flags:
+def all_flags() -> Flags:
+    """The command's flags."""
     flags = Flags("bench", DESCRIPTION)
     flags.add_settings(Workload, "a known shape, with random weights and rows")
     _add_common(flags)

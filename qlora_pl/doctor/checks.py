@@ -13,6 +13,8 @@ from qlora_pl.doctor.finding import Trial
 
 HERE = "here"
 """The lane of checks that touch no heavy library: a thread each in doctor's own process."""
+LIBRARIES = {"torch": "torch", "ranks": "torch", "hub": "huggingface-hub"}
+"""Upon which the checks of a lane stand."""
 IMPORT = 3.0
 """How much longer an import may take than another check: a first one from a network disk does."""
 
@@ -47,6 +49,15 @@ class Check:
         trial: Trial = getattr(import_module(f"qlora_pl.doctor.{module}"), function)
         return trial
 
+    def repair(self) -> str:
+        """A command that installs anew what the check stands upon; "" where that is nothing."""
+        library = LIBRARIES.get(self.lane, "")
+        if "bitsandbytes" in (self.name, *self.needs):
+            library = "bitsandbytes"
+        # with what it asks for: builds of torch for CUDA need packages that one for CPUs does not
+        again = f"pip uninstall --yes {library}; pip install --constraint constraints.txt {library}"
+        return again if library else ""
+
 
 def _check(
     name: str, title: str, group: str, lane: str, trial: str, *needs: str, patience: float = 1.0
@@ -64,53 +75,79 @@ def _check(
 
 
 CHECKS = (
-    _check("python", "Python", "Installation", HERE, "installation:python"),
-    _check("platform", "platform", "Installation", HERE, "installation:platform"),
-    _check("packages", "packages", "Installation", HERE, "installation:packages"),
-    _check("conflicts", "conflicts", "Installation", HERE, "installation:conflicts"),
-    _check("torch", "torch", "Installation", "torch", "devices:torch_library", patience=IMPORT),
+    _check("python", "Python", "Installation", HERE, "installation.packages:python"),
+    _check("platform", "platform", "Installation", HERE, "installation.packages:platform"),
+    _check("packages", "packages", "Installation", HERE, "installation.packages:packages"),
+    _check("conflicts", "conflicts", "Installation", HERE, "installation.packages:conflicts"),
+    _check(
+        "torch",
+        "torch",
+        "Installation",
+        "torch",
+        "devices.torch_devices:torch_library",
+        patience=IMPORT,
+    ),
     _check(
         "bitsandbytes",
         "bitsandbytes",
         "Installation",
         "torch",
-        "four_bits:bitsandbytes_library",
+        "arithmetic.four_bits:bitsandbytes_library",
         "torch",
         "devices",
         patience=IMPORT,
     ),
-    _check("imports", "libraries", "Installation", "imports", "imports:imports", patience=IMPORT),
-    _check("extras", "extras", "Installation", HERE, "installation:extras"),
-    _check("driver", "NVIDIA driver", "Devices", HERE, "driver:nvidia_driver"),
-    _check("devices", "devices", "Devices", "torch", "devices:devices", "torch"),
-    _check("processor", "processor", "Devices", "torch", "devices:processor", "torch"),
-    _check("compute-dtype", "compute dtype", "Arithmetic", "torch", "products:auto", "devices"),
-    _check("float32", "float32", "Arithmetic", "torch", "products:float32", "devices"),
-    _check("bfloat16", "bfloat16", "Arithmetic", "torch", "products:bfloat16", "devices"),
-    _check("float16", "float16", "Arithmetic", "torch", "products:float16", "devices"),
-    _check("int8", "int8", "Arithmetic", "torch", "four_bits:int8", "bitsandbytes"),
-    _check("nf4", "NF4", "Arithmetic", "torch", "four_bits:nf4", "bitsandbytes"),
-    _check("fp4", "FP4", "Arithmetic", "torch", "four_bits:fp4", "bitsandbytes"),
+    _check(
+        "imports",
+        "libraries",
+        "Installation",
+        "imports",
+        "installation.imports:imports",
+        patience=IMPORT,
+    ),
+    _check("extras", "extras", "Installation", HERE, "installation.packages:extras"),
+    _check("driver", "NVIDIA driver", "Devices", HERE, "devices.driver:nvidia_driver"),
+    _check("devices", "devices", "Devices", "torch", "devices.torch_devices:devices", "torch"),
+    _check("allocator", "allocator", "Devices", "torch", "devices.segments:allocator", "devices"),
+    _check(
+        "processor", "processor", "Devices", "torch", "devices.torch_devices:processor", "torch"
+    ),
+    _check(
+        "compute-dtype",
+        "compute dtype",
+        "Arithmetic",
+        "torch",
+        "arithmetic.products:auto",
+        "devices",
+    ),
+    _check("float32", "float32", "Arithmetic", "torch", "arithmetic.products:float32", "devices"),
+    _check(
+        "bfloat16", "bfloat16", "Arithmetic", "torch", "arithmetic.products:bfloat16", "devices"
+    ),
+    _check("float16", "float16", "Arithmetic", "torch", "arithmetic.products:float16", "devices"),
+    _check("int8", "int8", "Arithmetic", "torch", "arithmetic.four_bits:int8", "bitsandbytes"),
+    _check("nf4", "NF4", "Arithmetic", "torch", "arithmetic.four_bits:nf4", "bitsandbytes"),
+    _check("fp4", "FP4", "Arithmetic", "torch", "arithmetic.four_bits:fp4", "bitsandbytes"),
     _check(
         "gradients",
         "gradients after an evaluation",
         "Arithmetic",
         "torch",
-        "gradients:gradients_after_evaluation",
+        "arithmetic.gradients:gradients_after_evaluation",
         "bitsandbytes",
         patience=IMPORT,
     ),
-    _check("openmp", "OpenMP", "Arithmetic", "torch", "openmp:openmp", "bitsandbytes"),
-    _check("memory", "memory", "Room", HERE, "room:memory"),
-    _check("disk", "disk", "Room", HERE, "room:disk"),
-    _check("shared-memory", "/dev/shm", "Room", HERE, "system:shared_memory"),
-    _check("open-files", "open files", "Room", HERE, "system:open_files"),
-    _check("encoding", "text encoding", "Room", HERE, "system:encoding"),
-    _check("clock", "clock", "Room", HERE, "system:clock"),
-    _check("settings", "environment", "Room", HERE, "system:settings"),
-    _check("gloo", "gloo", "Several processes", "ranks", "ranks:gloo", patience=IMPORT),
-    _check("nccl", "NCCL", "Several processes", "ranks", "ranks:nccl", patience=IMPORT),
-    _check("hub", "Hub", "Network", "hub", "hub:hub"),
+    _check("openmp", "OpenMP", "Arithmetic", "torch", "arithmetic.openmp:openmp", "bitsandbytes"),
+    _check("memory", "memory", "Room", HERE, "surroundings.room:memory"),
+    _check("disk", "disk", "Room", HERE, "surroundings.room:disk"),
+    _check("shared-memory", "/dev/shm", "Room", HERE, "surroundings.system:shared_memory"),
+    _check("open-files", "open files", "Room", HERE, "surroundings.system:open_files"),
+    _check("encoding", "text encoding", "Room", HERE, "surroundings.system:encoding"),
+    _check("clock", "clock", "Room", HERE, "surroundings.system:clock"),
+    _check("settings", "environment", "Room", HERE, "surroundings.system:settings"),
+    _check("gloo", "gloo", "Several processes", "ranks", "contact.ranks:gloo", patience=IMPORT),
+    _check("nccl", "NCCL", "Several processes", "ranks", "contact.ranks:nccl", patience=IMPORT),
+    _check("hub", "Hub", "Network", "hub", "contact.hub:hub"),
 )
 """Every check, in the order of the report and, within a lane, of the work.
 

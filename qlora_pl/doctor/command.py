@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from qlora_pl.doctor.checks import CHECKS, Check
 from qlora_pl.doctor.finding import Finding, could_not_look
-from qlora_pl.doctor.lanes import run_lane
 from qlora_pl.doctor.report import Lines, is_broken, record, say
+from qlora_pl.doctor.running.lanes import run_lane
 from qlora_pl.errors import ConfigurationError, did_you_mean
 
 DEFAULT_LIMIT = 20.0

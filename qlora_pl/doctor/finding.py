@@ -59,11 +59,12 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-def could_not_look(title: str, error: BaseException) -> Finding:
+def could_not_look(title: str, error: BaseException, fix: str = "") -> Finding:
     """The finding of a check that failed itself."""
     return Finding(
         title=title,
         status=Status.BROKEN,
         found=first_line(error),
         meaning="the check itself failed here, and a run that needs the same would fail too",
+        fix=fix,
     )

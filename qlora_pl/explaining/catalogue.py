@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qlora_pl.errors import QLoRAError
+from qlora_pl.commands import COMMANDS
+from qlora_pl.errors import ConfigurationError, QLoRAError
 from qlora_pl.files import cache_root, write_atomic
 
 PACKAGE = Path(__file__).parent.parent
@@ -36,9 +37,10 @@ class Entry:
         kind: Its type, in words.
         default: As YAML, or "must be set".
         meaning: The docstring's text, in Markdown: that of docs/configuration.md.
-        unit: What a number counts; "" where its meaning says no more than its type.
-        owner: The class that takes it.
-        place: That class's file and the key's line, or the module of a library.
+        unit: What a number counts; "" where it is none, or another library's.
+        owner: The class that takes a key.
+        place: That class's file and the key's line, or the module of a library; of a flag, the
+            files of its commands.
         pages: Where documentation speaks of it.
         mentions: Keys that its meaning names.
         commands: The commands that have this flag; none for a key.
@@ -75,19 +77,35 @@ class Catalogue:
         naming = [other.name for other in self.keys.values() if name in other.mentions]
         return list(dict.fromkeys([*self.keys[name].mentions, *naming]))
 
+    def commands(self) -> list[str]:
+        """The commands that have flags, in the order of ``qlora-pl --help``."""
+        names = dict.fromkeys(command for flag in self.flags for command in flag.commands)
+        order = list(COMMANDS)
+        return sorted(names, key=lambda name: order.index(name.split()[0]))
+
     def group(self, prefix: str) -> list[Entry]:
         """The keys of a group and of the groups in it."""
         return [entry for entry in self.keys.values() if entry.name.startswith(f"{prefix}.")]
 
 
 def load() -> Catalogue:
-    """The catalogue of this code, from the cache or, in some seconds, from the parsers."""
+    """The catalogue of this code, from the cache or, in some seconds, from the parsers.
+
+    Raises:
+        ConfigurationError: if it is not in the cache, and a library of a run cannot be imported.
+    """
     file = cache_root(None) / "keys" / f"{digest()}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):
         return _from_plain(json.loads(file.read_text(encoding="utf-8")))
     if sys.stderr.isatty():
         print("Reading every key, which takes some seconds the first time.", file=sys.stderr)
-    from qlora_pl.explaining.collecting import collect  # slow: builds the parser of a run
+    try:
+        from qlora_pl.explaining.collecting import collect  # slow: builds the parser of a run
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
+        raise ConfigurationError(
+            "explain: the keys are read off the parser of a run, which cannot be imported here "
+            f"({(str(error).splitlines() or [''])[0]}); qlora-pl doctor says what mends it."
+        ) from error
 
     for name in ("lightning.pytorch", "lightning.fabric"):  # importing it sets these to INFO
         logging.getLogger(name).setLevel(logging.WARNING)

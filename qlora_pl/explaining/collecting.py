@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
-import re
 import textwrap
-from collections.abc import Iterator
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,9 +16,10 @@ from qlora_pl.cli import DEFAULT_EPOCHS, QLoRAParser
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.reading.sources import SourceConfig
 from qlora_pl.explaining.catalogue import PACKAGE, Catalogue, Entry
+from qlora_pl.explaining.flags import all_flags
 from qlora_pl.explaining.references import mentions, pages
-from qlora_pl.inference.flags import Flags
-from qlora_pl.key_reference import Key, in_markdown, in_yaml, read_keys, run_parser
+from qlora_pl.explaining.units import unit_of
+from qlora_pl.key_reference import in_markdown, read_keys, run_parser
 from qlora_pl.modeling.module import QLoRAModule
 from qlora_pl.training.checkpoints.checkpoint import AdapterCheckpoint
 from qlora_pl.training.run_folders.run_folder import RunConfig
@@ -55,19 +54,6 @@ IN_THIS_PROJECT = {
     "within an epoch, unless `trainer.check_val_every_n_epoch` is `null`.",
 }
 """What Lightning's words leave out or get wrong for a run of this project."""
-UNITS = (
-    (r"^Tokens", "tokens"),
-    (r"^(Rows|Validation rows|Read .*rows)|first so many rows|a number of rows", "rows"),
-    (r"^Optimizer steps|every so many optimizer steps|^Steps", "optimizer steps"),
-    (r"^Micro-batches", "micro-batches"),
-    (r"^Batches", "batches"),
-    (r"^Weights", "weights"),
-    (r"^(Loader p|P)rocesses", "processes"),
-    (r"^(Share|Sample from .* share)", "a share, from 0 to 1"),
-    (r"checkpoints that are kept", "checkpoints"),
-    (r"^Seed|^Of what is drawn at random", "a seed, any whole number from 0 on"),
-)
-"""What a number counts, by how its docstring begins."""
 
 
 def collect(docs: Path | None) -> Catalogue:
@@ -96,23 +82,14 @@ def collect(docs: Path | None) -> Catalogue:
             kind=key.kind,
             default=key.default.strip("`"),
             meaning=key.meaning,
-            unit=unit_of(key),
+            unit=unit_of(key.name, key.kind, key.meaning),
             owner=owner,
             place=file,
             pages=found_pages[key.name],
             mentions=mentions(key.name, key.meaning, names),
         )
     known = {name: GROUPS.get(name) or titles.get(name, "") for name in groups}
-    return Catalogue(entries, known, list(_flags()))
-
-
-def unit_of(key: Key) -> str:
-    """What a number counts, as its name or its meaning says; "" for other types."""
-    if "number" not in key.kind:
-        return ""
-    if key.name.endswith("_seconds"):
-        return "seconds"
-    return next((unit for start, unit in UNITS if re.search(start, key.meaning)), "")
+    return Catalogue(entries, known, all_flags(parser, docs))
 
 
 def owner_of(name: str) -> tuple[str, str]:
@@ -127,7 +104,7 @@ def owner_of(name: str) -> tuple[str, str]:
             hint = get_type_hints(owner.__init__)[part]
             owner = next(kind for kind in (hint, *get_args(hint)) if is_dataclass(kind))
     for place in [owner, *owner.__mro__]:
-        if line := _line_of(place, leaf):
+        if line := _lines_of(place).get(leaf):
             return place.__name__, f"{_shown(Path(inspect.getfile(place)))}:{line}"
     return owner.__name__, _shown(Path(inspect.getfile(owner)))
 
@@ -141,74 +118,21 @@ def _shown(file: Path) -> str:
     return "/".join(parts[start:])
 
 
-def _line_of(owner: type, leaf: str) -> int:
-    """The line of a field, or of an argument of the constructor; 0 if it has none of that name."""
+@cache  # finding a class in its file takes longer than all else
+def _lines_of(owner: type) -> dict[str, int]:
+    """The lines of a dataclass's fields, or of the arguments of a constructor."""
     try:
         lines, first = inspect.getsourcelines(owner)
     except (OSError, TypeError):
-        return 0
+        return {}
     node = ast.parse(textwrap.dedent("".join(lines))).body[0]
     assert isinstance(node, ast.ClassDef)
+    found = {}
     for item in node.body:
         if is_dataclass(owner) and isinstance(item, ast.AnnAssign):
-            if isinstance(item.target, ast.Name) and item.target.id == leaf:
-                return first + item.lineno - 1
+            if isinstance(item.target, ast.Name):
+                found[item.target.id] = first + item.lineno - 1
         elif isinstance(item, ast.FunctionDef) and item.name == "__init__":
             for argument in [*item.args.args, *item.args.kwonlyargs]:
-                if argument.arg == leaf:
-                    return first + argument.lineno - 1
-    return 0
-
-
-def _flags() -> Iterator[Entry]:
-    """The flags of the other commands, those of one name and meaning together."""
-    found: dict[tuple[str, str, str], list[str]] = {}
-    kinds: dict[tuple[str, str, str], tuple[str, str]] = {}
-    for command, parser in _parsers().items():
-        for group in parser._action_groups:
-            for action in group._group_actions:
-                if not action.option_strings or action.dest == "help":
-                    continue
-                text = str(action.help or "").replace("%%", "%")
-                meaning, _, default = text.partition(" (default: ")
-                key = (action.option_strings[-1], in_markdown(meaning), default.rstrip(")"))
-                found.setdefault(key, []).append(command)
-                kinds[key] = _kind(action), str(group.title)
-    for (flag, meaning, default), commands in found.items():
-        kind, _ = kinds[flag, meaning, default]
-        yield Entry(
-            name=flag,
-            kind=kind,
-            default=in_yaml(default) if default else "none",
-            meaning=meaning,
-            commands=commands,
-        )
-
-
-def _parsers() -> dict[str, Flags]:
-    """The parsers of the commands that need no configuration of a run."""
-    from qlora_pl.chat.command import flags as of_chat
-    from qlora_pl.exporting.command import flags as of_export
-    from qlora_pl.inference.generate import flags as of_generate
-    from qlora_pl.merging.merge import flags as of_merge
-    from qlora_pl.serving.command import flags as of_serve
-
-    made = {
-        "generate": of_generate,
-        "chat": of_chat,
-        "serve": of_serve,
-        "merge": of_merge,
-        "export": of_export,
-    }
-    return {command: flags() for command, flags in made.items()}
-
-
-def _kind(action: argparse.Action) -> str:
-    if action.choices:
-        return ", ".join(f"`{choice}`" for choice in action.choices)
-    words = {"N": "whole number", "X": "number", "TEXT": "text"}
-    shown = str(action.metavar or "")
-    if shown in words:
-        several = isinstance(action, argparse._AppendAction)
-        return f"{words[shown]}, may be given several times" if several else words[shown]
-    return ", ".join(f"`{word}`" for word in shown.split("|")) or "needs no value"
+                found[argument.arg] = first + argument.lineno - 1
+    return found

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-WRITTEN_BY_THE_SAME = ("configuration.md", "architecture.md", "from-qlora-py.md")
+TABLE = "configuration.md"
+WRITTEN_BY_THE_SAME = (TABLE, "architecture.md", "from-qlora-py.md")
 """Pages that list every key or file; naming one there says nothing."""
 
 
@@ -45,17 +46,19 @@ def _resolve(word: str, siblings: dict[str, str], names: Sequence[str]) -> str:
 
 
 def pages(docs: Path | None, names: Sequence[str]) -> dict[str, list[str]]:
-    """Where the documentation speaks of each key, as ``page.md, "Heading"``.
+    """Where the documentation speaks of each key, as ``page.md, "Heading"``; its own row first.
 
     Args:
         docs: Its folder; None: no page is found.
         names: All keys.
     """
     found: dict[str, dict[str, None]] = {name: {} for name in names}
+    for name, heading in _rows(docs) if docs else []:
+        found[name][f'docs/{TABLE}, "{heading}"'] = None
     for page in sorted(docs.glob("*.md")) if docs else []:
         if page.name in WRITTEN_BY_THE_SAME:
             continue
-        for heading, text in _sections(page.read_text(encoding="utf-8")):
+        for heading, text in sections(page.read_text(encoding="utf-8")):
             words = set(re.findall(r"\w+(?:\.\w+)+", text))
             for name in names:
                 ends = {name, *([name.partition(".")[2]] if name.count(".") > 1 else [])}
@@ -64,7 +67,15 @@ def pages(docs: Path | None, names: Sequence[str]) -> dict[str, list[str]]:
     return {name: list(places) for name, places in found.items()}
 
 
-def _sections(text: str) -> Iterator[tuple[str, str]]:
+def _rows(docs: Path) -> Iterator[tuple[str, str]]:
+    """The keys in the page of all keys, each with its heading there."""
+    for heading, text in sections((docs / TABLE).read_text(encoding="utf-8")):
+        prefix = "data.sources." if heading.startswith("A source") else ""
+        for name in re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE):
+            yield prefix + name, heading
+
+
+def sections(text: str) -> Iterator[tuple[str, str]]:
     """The headings below a page's title, each with what stands under it."""
     heading, lines = "", list[str]()
     is_code = False

@@ -173,7 +173,8 @@ def columns(values: Mapping[str, float], words: Words, label: str) -> str:
         parts.append(
             f'<rect class="count main" x="{x + 1:.1f}" y="{floor - height:.1f}" '
             f'width="{width - 2:.1f}" height="{max(height, 1):.1f}">'
-            f"<title>layer {escape(name)}: {escape(words(value))}</title></rect>"
+            f"<title>{escape(f'layer {name}' if name else 'outside of layers')}: "
+            f"{escape(words(value))}</title></rect>"
         )
         if j % step == 0:
             shown = escape(_short(name, names[j - step] if j else None))

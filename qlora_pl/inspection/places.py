@@ -37,6 +37,11 @@ def place_modules(names: Iterable[str]) -> dict[str, ModulePlace]:
     return places
 
 
+def in_order(name: str) -> list[tuple[int, str]]:
+    """By which names are sorted as one counts: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
 def _split(name: str) -> tuple[str, str, str]:
     """What comes before the layer's number, the number, and the kind without further numbers."""
     parts = name.split(".")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.inference.flags import Flags
+from qlora_pl.planning.reports.plain_values import plain_values
 from qlora_pl.planning.reports.report import Report, make_report
+from qlora_pl.planning.reports.text import GB, text_of, titled
 from qlora_pl.planning.runs.assumed_run import AssumedRun
 from qlora_pl.planning.runs.planned_run import PlannedRun, assumed, configured
 from qlora_pl.planning.work.cards import CARDS, Card, card_named, with_price
@@ -22,6 +24,8 @@ from qlora_pl.planning.work.cards import CARDS, Card, card_named, with_price
 DESCRIPTION = """Say what a run takes of a GPU's memory, how long it takes and what it costs, before
 anything is downloaded: of a training file (--config FILE, and any key of `qlora-pl fit`), or of a
 known model and a few flags (--shape NAME). Exit code 0 also where it does not fit."""
+MOST_GPUS = 2**17
+"""More than any machine has."""
 OWN_FLAGS = (
     "--gpu",
     "--gpus",
@@ -47,7 +51,7 @@ def plan_command(words: Sequence[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's library when it is imported
     words = _joined(words)
     if any(word in ("-h", "--help") for word in words) or not words:
-        _shape_flags().print_help()
+        all_flags().print_help()
         return 0
     if any(_is_flag(word, "--figure6") for word in words):
         return _figure6(words)
@@ -55,7 +59,7 @@ def plan_command(words: Sequence[str]) -> int:
     if is_shape and any(_is_flag(word, "--config") or word == "-c" for word in words):
         raise ConfigurationError("plan: --shape and --config are two ways to say it; give one.")
     if is_shape:
-        flags = _shape_flags()
+        flags = all_flags()
         options = flags.parse(words)
         settings = AssumedRun(**flags.settings(AssumedRun, options))
         _check(options)
@@ -70,7 +74,7 @@ def plan_command(words: Sequence[str]) -> int:
     report = _report(run, options)
     if options.plot is not None:
         _draw(report, Path(options.plot).expanduser())
-    print(json.dumps(report.plain(), indent=2) if options.json else report.text())
+    print(json.dumps(plain_values(report), indent=2) if options.json else text_of(report))
     return 0
 
 
@@ -109,8 +113,8 @@ def _check(options: argparse.Namespace) -> None:
         ConfigurationError: with all of them.
     """
     problems = []
-    if options.gpus is not None and options.gpus < 1:
-        problems.append(f"--gpus: must be at least 1, got {options.gpus}.")
+    if options.gpus is not None and not 1 <= options.gpus <= MOST_GPUS:
+        problems.append(f"--gpus: must lie in 1 to {MOST_GPUS:,}, got {options.gpus:,}.")
     if options.price_per_hour is not None and not (0 <= options.price_per_hour < math.inf):
         problems.append(f"--price-per-hour: must be 0 or more, got {options.price_per_hour}.")
     if options.mean_length is not None and not 1 <= options.mean_length < math.inf:
@@ -132,7 +136,6 @@ def _check(options: argparse.Namespace) -> None:
 
 def _draw(report: Report, file: Path) -> None:
     from qlora_pl.planning.reports.pictures import Bar, draw_plan
-    from qlora_pl.planning.reports.report import GB, titled
 
     bar = Bar(label=report.run.name, components=report.in_words())
     chosen = report.chosen
@@ -185,7 +188,8 @@ def _own_flags() -> Flags:
     return flags
 
 
-def _shape_flags() -> Flags:
+def all_flags() -> Flags:
+    """The command's flags."""
     flags = _own_flags()
     group = flags.add_argument_group("what is planned")
     group.add_argument(

@@ -8,13 +8,12 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
 
 from qlora_pl.errors import ConfigurationError, did_you_mean
+from qlora_pl.planning.advice.automatic import strategy_for
 from qlora_pl.strategies.ddp import AdapterDDP
 from qlora_pl.strategies.fsdp2 import FSDP2Strategy
 
 NAMES = ("auto", "ddp", "fsdp2", "fsdp2_offload")
 """Names that a run may give; auto is one process, or on several GPUs what fits them."""
-USABLE = 0.92
-"""Share of a device's memory that an estimate may fill."""
 FSDP1 = ("fsdp", "fsdp_cpu_offload", "fully_sharded")
 
 
@@ -78,12 +77,11 @@ def choose_strategy(whole: float, shared: float, memory: float) -> tuple[str, st
         shared: The same where the devices share it.
         memory: Bytes of the smallest device.
     """
-    usable = USABLE * memory
+    name = strategy_for(whole, shared, memory)
     sizes = f"{whole / 2**30:.1f} GiB of {memory / 2**30:.1f}"
-    if whole <= usable:
-        return "ddp", f"strategy: ddp, since the whole base trains in about {sizes} on each device."
-    name = "fsdp2" if shared <= usable else "fsdp2_offload"
-    waits = "" if shared <= usable else ", so that parts wait in host memory"
+    if name == "ddp":
+        return name, f"strategy: ddp, since the whole base trains in about {sizes} on each device."
+    waits = "" if name == "fsdp2" else ", so that parts wait in host memory"
     return name, (
         f"strategy: {name}, since the whole base would take about {sizes}; shared it takes about "
         f"{shared / 2**30:.1f} on each device{waits}."

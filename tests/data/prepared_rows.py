@@ -14,7 +14,7 @@ from toy_tokenizers import build
 
 import qlora_pl
 from qlora_pl.data.conversation import Conversation
-from qlora_pl.data.encoding.encoder import Encoder
+from qlora_pl.data.encoding.encoder import TOKENIZER_CHUNK, Encoder
 from qlora_pl.data.encoding.lengths import Limits
 from qlora_pl.data.reading.sources import RowSources
 from qlora_pl.data.rows.preparation import EncodedSplit, prepare_split
@@ -37,8 +37,10 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def many_rows(tmp_path: Path) -> Path:
-    """Several chunks of rows, some of which spell control tokens."""
-    return write(tmp_path / "rows.jsonl", [turns(row) for row in generated(61, 40)] * 40)
+    """More rows than a chunk holds, some of which spell control tokens."""
+    rows = [turns(row) for row in generated(61, 40)] * 14
+    assert len(rows) > TOKENIZER_CHUNK
+    return write(tmp_path / "rows.jsonl", rows)
 
 
 def prepare(

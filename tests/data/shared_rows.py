@@ -1,4 +1,4 @@
-"""One of two processes that share rows: ``python shared_rows.py RANK PORT FOLDER BASE``.
+"""One of two processes that share rows: ``python shared_rows.py FOLDER BASE``.
 
 Real gloo and a real data module; only Lightning's loops are left out. Writes ``rank-RANK.json``:
 for each case how often this process encoded, what it has, and what it ended with.
@@ -20,7 +20,7 @@ from torch import distributed
 from qlora_pl.data.datamodule import InstructionDataModule
 from qlora_pl.data.rows import preparation
 
-RANK, PORT, FOLDER, BASE = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+RANK, FOLDER, BASE = int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2]
 CASES: dict[str, tuple[str, dict[str, Any], type]] = {
     "kept": ("good.jsonl", {}, LightningEnvironment),
     "kept before": ("good.jsonl", {}, LightningEnvironment),
@@ -75,7 +75,6 @@ def look_at(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
     wait = timedelta(seconds=60)  # a process that waits for the other in vain ends the test
     distributed.init_process_group("gloo", rank=RANK, world_size=2, timeout=wait)
     found = {name: look_at(name) for name in CASES}

@@ -7,14 +7,13 @@ import json
 import logging
 import os
 import resource
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from generated_rows import generated
 from prepared_rows import (
     CHILD,
@@ -79,13 +78,9 @@ preparation.RowWriter.finish = wait
 {CHILD}"""
     cache = tmp_path / "cache"
     arguments = [str(source), str(tmp_path / "tokenizer"), str(cache)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", endless, *arguments], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "half-way\n"
-    process.kill()
-    process.communicate()
+    (tmp_path / "endless.py").write_text(endless)
+    with warm.Started(tmp_path / "endless.py", *arguments) as process:
+        assert process.stdout.readline() == "half-way\n"
     (leftover,) = entries(cache)
     assert leftover.name.startswith(TEMPORARY_PREFIX)
     assert (leftover / "tokens.int32").stat().st_size > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +142,37 @@ def test_a_changed_byte_of_a_source_gives_another_entry(tmp_path: Path):
     assert len(entries(tmp_path / "cache")) == 2
 
 
-def test_changed_code_gives_another_entry(tmp_path: Path):
-    """A copy of the package, one comment of which is changed."""
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A copy of the package."""
+    return shutil.copytree(PACKAGE, tmp_path / "copy" / "qlora_pl")
+
+
+def changes(code: Path) -> Iterator[int]:
+    """As it is, with another comment, and so once more; how many entries there are then."""
+    yield 1
+    with (code / "data/templates/template.py").open("a") as file:
+        file.write("\n# changed\n")
+    yield 2
+    yield 2
+
+
+def test_changed_code_gives_another_entry(
+    tmp_path: Path, code: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a"}] * 5)
+    monkeypatch.setattr(preparation, "__file__", str(code / "data/rows/preparation.py"))
+    for number in changes(code):
+        prepare(path, tmp_path / "cache")
+        assert len(entries(tmp_path / "cache")) == number
+
+
+@pytest.mark.slow
+def test_changed_code_that_is_run_gives_another_entry(tmp_path: Path, code: Path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a"}] * 5)
     build("bytes").save_pretrained(tmp_path / "tokenizer")
-    package = tmp_path / "copy" / "qlora_pl"
-    shutil.copytree(PACKAGE, package)
-    for number, line in ((1, None), (2, "# changed"), (2, None)):
-        if line is not None:
-            with (package / "data" / "templates.py").open("a") as file:
-                file.write(f"\n{line}\n")
-        child(tmp_path, path, PYTHONPATH=str(package.parent))
+    for number in changes(code):
+        child(tmp_path, path, PYTHONPATH=str(code.parent))
         assert len(entries(tmp_path / "cache")) == number
 
 

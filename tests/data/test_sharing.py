@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 HERE = Path(__file__).parent
 SENTENCE = "bad.jsonl, row 4: no 'response' field; found 'prompt'."
@@ -40,19 +41,18 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Any:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = environment(QLORA_PL_CACHE=str(folder / "cache"), TMPDIR=str(folder / "tmp"))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "shared_rows.py"), str(rank), str(port), folder, tiny_base],
-            env=given,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    given = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "QLORA_PL_CACHE": str(folder / "cache"),
+        "TMPDIR": str(folder / "tmp"),
+    }
+    ended = warm.run(
+        HERE / "shared_rows.py",
+        *(str(folder), str(tiny_base)),
+        environments=[given | {"RANK": str(rank)} for rank in range(2)],
+    )
+    assert [process.returncode for process in ended] == [0, 0], ended
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     return ranks, list((folder / "tmp").glob("qlora_pl-*"))
 

@@ -195,12 +195,13 @@ def test_ordinary_added_tokens_stay_whole_in_a_row_that_spells_control_tokens():
         assert (example.input_ids == think).sum() == 1
 
 
-def test_the_tokenizer_that_is_given_is_not_changed():
+@pytest.mark.parametrize("kind", ["smollm2", "qwen"])
+def test_the_tokenizer_that_is_given_is_not_changed(kind: str):
     """Padding, truncation and control tokens are set on copies."""
-    before = tokenizer("qwen").backend_tokenizer.to_str()
-    with_it = encoder("qwen", "chat")
+    before = tokenizer(kind).backend_tokenizer.to_str()
+    with_it = encoder(kind, "chat")
     with_it.encode([asked("<|im_end|>", "</s>"), asked("a", "b")])
-    assert tokenizer("qwen").backend_tokenizer.to_str() == before
+    assert tokenizer(kind).backend_tokenizer.to_str() == before
 
 
 def test_a_tokenizer_that_was_told_to_pad_or_cut_does_neither():

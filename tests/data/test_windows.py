@@ -147,7 +147,7 @@ def test_settings_that_windows_cannot_have_are_one_sentence(
         start()
 
 
-def trainer(folder: Path, *callbacks: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: Any, save_every: int = 1) -> Trainer:
     return Trainer(
         default_root_dir=folder,
         max_steps=STEPS,
@@ -157,7 +157,7 @@ def trainer(folder: Path, *callbacks: Any) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[AdapterCheckpoint(every_n_steps=1), *callbacks],
+        callbacks=[AdapterCheckpoint(every_n_steps=save_every), *callbacks],
     )
 
 
@@ -167,7 +167,8 @@ def run(
     """The finished adapter, and the rows of the steps that were taken here."""
     seed_everything(3)
     steps = Steps()
-    trainer(folder, KillAt(kill_at), steps).fit(
+    save_every = 100 if kill_at is None else 1  # and at its end
+    trainer(folder, KillAt(kill_at), steps, save_every=save_every).fit(
         make_module(base), make_data(rows, **settings), ckpt_path=newest_verified(folder)
     )
     return digest(folder), steps.rows
@@ -183,24 +184,43 @@ class Steps(Callback):
         self.rows.append(trainer.datamodule.name_rows(batch["row_ids"].tolist()))  # type: ignore
 
 
-def test_a_run_over_windows_that_is_killed_ends_in_the_same_bytes(
-    rows: Path, tiny_base: Path, tmp_path: Path
-):
-    """Windows of 7 in steps of 4, two steps each; killed within the first, at its end and later."""
-    settings = {"window": 7, "batch_size": 4}
-    whole, steps = run(tmp_path / "whole", tiny_base, rows, None, **settings)
+WINDOWS = {"window": 7, "batch_size": 4}
+"""Two steps each."""
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path
+) -> tuple[Path, str, list[tuple[int, ...]]]:
+    """The rows of an uninterrupted run, its adapter, and the rows of its steps."""
+    folder = tmp_path_factory.mktemp("windows")
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(number)) + "\n" for number in range(23)))
+    return path, *run(folder / "whole", tiny_base, path, None, **WINDOWS)
+
+
+def test_a_run_over_windows_takes_every_row_once_a_pass(whole: Any):
+    path, _, steps = whole
     assert len(steps) == STEPS
     assert sorted(name for step in steps[:6] for name in step) == sorted(
-        f"{rows}, row {n}" for n in range(3, 24)
+        f"{path}, row {n}" for n in range(3, 24)
     )
-    for kill_at in (1, 2, 3, 6, 7):
-        folder = tmp_path / f"killed-{kill_at}"
-        with pytest.raises(Killed):
-            run(folder, tiny_base, rows, kill_at, **settings)
-        resumed, rest = run(folder, tiny_base, rows, None, **settings)
-        assert resumed == whole
-        assert rest == steps[-len(rest) :]
-        assert len(rest) <= STEPS - kill_at + 1  # a step is saved when the next one begins
+
+
+@pytest.mark.parametrize(
+    "kill_at", [2, 7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3, 6))]
+)
+def test_a_run_over_windows_that_is_killed_ends_in_the_same_bytes(
+    whole: Any, tiny_base: Path, tmp_path: Path, kill_at: int
+):
+    """Killed at a window's end, and within a later one; the slow ones elsewhere."""
+    path, adapter, steps = whole
+    with pytest.raises(Killed):
+        run(tmp_path, tiny_base, path, kill_at, **WINDOWS)
+    resumed, rest = run(tmp_path, tiny_base, path, None, **WINDOWS)
+    assert resumed == adapter
+    assert rest == steps[-len(rest) :]
+    assert len(rest) <= STEPS - kill_at + 1  # a step is saved when the next one begins
 
 
 def test_a_run_over_other_windows_is_not_continued(rows: Path, tiny_base: Path, tmp_path: Path):

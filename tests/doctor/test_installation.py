@@ -9,7 +9,7 @@ import pytest
 from broken_world import look, look_at, plant_metadata
 
 from qlora_pl.doctor.finding import Status
-from qlora_pl.doctor.installation import untested_platform
+from qlora_pl.doctor.installation.packages import untested_platform
 
 
 def test_what_is_installed_is_within_the_ranges() -> None:
@@ -72,7 +72,7 @@ def test_a_missing_extra_is_worth_knowing_with_the_command(
 def test_a_package_that_is_not_installed_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_pl.doctor.installation.PACKAGE", "qlora-pl-of-nowhere")
+    monkeypatch.setattr("qlora_pl.doctor.installation.packages.PACKAGE", "qlora-pl-of-nowhere")
     finding = look_at("packages")
     assert finding.status is Status.BROKEN
     assert "pip install" in finding.found

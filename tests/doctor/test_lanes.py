@@ -11,7 +11,7 @@ from broken_world import look, look_at, plant_package
 
 from qlora_pl.doctor.checks import CHECKS, HERE, Check, order_of_work
 from qlora_pl.doctor.finding import Status
-from qlora_pl.doctor.lanes import run_here
+from qlora_pl.doctor.running.lanes import run_here
 
 LIBRARY = "huggingface_hub"
 """Broken here because a check needs it and nothing else that is slow to import."""
@@ -39,6 +39,7 @@ def test_a_library_that_breaks_down_is_a_line(
     assert finding.status is Status.BROKEN
     assert found in finding.found
     assert "\n" not in finding.found
+    assert finding.fix.endswith("pip install --constraint constraints.txt huggingface-hub")
 
 
 def test_a_library_that_hangs_is_a_line_within_the_limit(
@@ -79,7 +80,7 @@ def test_a_check_that_hangs_in_this_process_is_left_behind(
 
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    monkeypatch.setattr("qlora_pl.doctor.installation.own", pipe.read_bytes)
+    monkeypatch.setattr("qlora_pl.doctor.installation.packages.own", pipe.read_bytes)
     began = time.monotonic()
     [finding] = run_here(_check("installation:python"), 0.5)
     assert finding.found == "no answer within 0.5 s"

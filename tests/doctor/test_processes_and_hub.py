@@ -33,6 +33,7 @@ def test_two_processes_meet_here() -> None:
     assert look_at("gloo").status is Status.OK
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_meet_are_a_warning_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

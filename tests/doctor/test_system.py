@@ -14,8 +14,8 @@ import psutil
 import pytest
 from broken_world import look, look_at
 
-from qlora_pl.doctor import room, system
 from qlora_pl.doctor.finding import Status
+from qlora_pl.doctor.surroundings import room, system
 
 
 def test_too_few_open_files_are_a_warning() -> None:
@@ -50,7 +50,7 @@ def test_a_locale_that_misreads_files_is_broken(settings: dict[str, str], status
     """Python itself is started so, and reads a file with an umlaut."""
     code = (
         "import json, pathlib, sys\n"
-        "from qlora_pl.doctor.system import encoding\n"
+        "from qlora_pl.doctor.surroundings.system import encoding\n"
         "[finding] = encoding()\n"
         "try: right = pathlib.Path(sys.argv[1]).read_text() == 'Stra\\u00dfe'\n"
         "except UnicodeDecodeError: right = False\n"
@@ -133,6 +133,33 @@ def test_little_room_is_a_warning_and_none_is_broken(
     assert finding.fix.startswith("qlora-pl fit --run.root ")
 
 
+FILLED = """
+import sys
+from pathlib import Path
+from qlora_pl.doctor.surroundings.room import look_at
+finding = look_at("runs", Path(sys.argv[1]) / "runs", "--run.root", "run")
+print(finding.status, "|", finding.found)
+"""
+
+
+def test_a_disk_that_is_really_full_is_broken(tmp_path: Path) -> None:
+    """A disk of 16 KiB in memory, mounted for one process alone and filled."""
+    mounted = f"mount -t tmpfs -o size=16k none '{tmp_path}'"
+    own = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*own, mounted], check=False).returncode:
+        pytest.skip("this system lets nobody mount a disk of one's own")
+    filled = f"{mounted} && ! head -c 64k /dev/zero > '{tmp_path}/fill' && exec \"$@\""
+    done = subprocess.run(
+        [*own, filled, "sh", sys.executable, "-c", FILLED, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("broken | ")
+    assert "cannot be written to (No space left on device)" in done.stdout
+
+
 def test_memory_is_what_psutil_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless the container's limit is lower; others take and give memory meanwhile."""
     free, total, said_by = room.host_memory()
@@ -161,7 +188,7 @@ def test_downloads_go_where_the_hubs_client_puts_them(settings: dict[str, str]) 
     """Against huggingface_hub's own constant, read in a process with the same environment."""
     code = (
         "from huggingface_hub.constants import HF_HUB_CACHE\n"
-        "from qlora_pl.doctor.room import hub_cache\n"
+        "from qlora_pl.doctor.surroundings.room import hub_cache\n"
         "print(HF_HUB_CACHE); print(hub_cache().expanduser())"
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "HUGGING"))}

@@ -14,9 +14,11 @@ import pytest
 import torch
 from broken_world import NVIDIA_SMI, look, look_at, plant_program
 
-from qlora_pl.doctor import devices, driver, four_bits, gradients, openmp, products
+from qlora_pl.doctor.arithmetic import four_bits, gradients, openmp, products
+from qlora_pl.doctor.arithmetic.products import BOUNDS, plain_product, tried
+from qlora_pl.doctor.devices import driver, segments
+from qlora_pl.doctor.devices import torch_devices as devices
 from qlora_pl.doctor.finding import Finding, Status
-from qlora_pl.doctor.products import BOUNDS, plain_product, tried
 
 CPU = torch.device("cpu")
 
@@ -69,8 +71,9 @@ def test_a_gpu_that_torch_cannot_use_is_broken(
 ) -> None:
     plant_program(tmp_path, monkeypatch, "nvidia-smi", NVIDIA_SMI.replace("DRIVER", "550.54.15"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    [finding] = findings(devices.devices())
+    finding, others = findings(devices.devices())
     assert finding.status is Status.BROKEN
+    assert others.title == "other devices"
     assert "NVIDIA L4" in finding.found or torch.version.cuda is not None
 
 
@@ -128,6 +131,48 @@ def test_devices_that_no_test_has_seen_are_said(
     assert said(library()) == ["NPU"]
 
 
+def test_devices_that_were_never_tested_are_said_where_there_are_none_too() -> None:
+    others = next(f for f in findings(devices.devices()) if f.title == "other devices")
+    assert others.status is Status.NOTE
+    assert all(kind in others.meaning for kind in ("ROCm", "XPU", "MPS", "never tested"))
+
+
+GROWS, FIXED = "expandable_segments:True", "max_split_size_mb:128"
+
+
+@pytest.mark.parametrize(
+    ("grow", "variables", "status", "fix"),
+    [
+        (True, {"PYTORCH_ALLOC_CONF": GROWS}, Status.OK, ""),
+        (None, {"PYTORCH_ALLOC_CONF": GROWS}, Status.OK, ""),  # a torch that does not say
+        (False, {"PYTORCH_ALLOC_CONF": GROWS}, Status.WARNING, ""),  # the driver cannot
+        (False, {"PYTORCH_CUDA_ALLOC_CONF": FIXED}, Status.NOTE, "unset PYTORCH_CUDA_ALLOC_CONF"),
+        (False, {}, Status.NOTE, f"export PYTORCH_ALLOC_CONF={GROWS}"),
+    ],
+    ids=["grow", "unknown", "cannot", "set otherwise", "nothing set"],
+)
+def test_segments_that_do_not_grow_are_said_with_the_variable(
+    grow: bool | None, variables: dict[str, str], status: Status, fix: str
+) -> None:
+    finding = segments.of_segments(grow, variables, "PYTORCH_ALLOC_CONF")
+    assert (finding.status, finding.fix) == (status, fix)
+    assert all(name in finding.found for name in variables)
+
+
+def test_a_variable_that_this_torch_ignores_is_a_warning() -> None:
+    """Torch 2.9 takes no notice of the newer name."""
+    variables = {"PYTORCH_ALLOC_CONF": GROWS}
+    finding = segments.of_segments(False, variables, "PYTORCH_CUDA_ALLOC_CONF")
+    assert finding.status is Status.WARNING
+    assert finding.fix == f"export PYTORCH_CUDA_ALLOC_CONF={GROWS}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
+def test_without_a_gpu_the_allocator_is_not_asked() -> None:
+    [finding] = findings(segments.allocator())
+    assert finding.status is Status.NOTE
+
+
 def test_products_are_right_here_in_every_type() -> None:
     trials = (
         products.float32,
@@ -160,19 +205,20 @@ def test_a_product_in_a_coarser_type_than_it_says_does_not_pass() -> None:
 def test_a_wrong_product_is_broken_where_runs_need_it(
     errors: tuple[float, float], says: str
 ) -> None:
-    [_, vital] = tried("T", lambda _: errors, 0.1, True, "no run")
-    [_, other] = tried("T", lambda _: errors, 0.1, False, "no run")
+    [_, vital] = tried("T", lambda _: errors, 0.1, True, "no run", "mend")
+    [_, other] = tried("T", lambda _: errors, 0.1, False, "no run", "mend")
     assert isinstance(vital, Finding)
     assert isinstance(other, Finding)
     assert (vital.status, other.status) == (Status.BROKEN, Status.WARNING)
     assert says in vital.found
+    assert vital.fix == "mend"
 
 
 def test_a_product_that_raises_is_a_line() -> None:
     def product(_: torch.device) -> tuple[float, float]:
         raise RuntimeError("no kernel image is available\nfor execution")
 
-    [_, finding] = tried("T", product, 0.1, True, "no run")
+    [_, finding] = tried("T", product, 0.1, True, "no run", "mend")
     assert isinstance(finding, Finding)
     assert finding.found == "cpu: RuntimeError: no kernel image is available"
 
@@ -206,10 +252,11 @@ def test_without_the_guard_gradients_are_gone_and_that_is_broken(
     assert "gone" in finding.found
 
 
+@pytest.mark.slow
 def test_two_openmp_runtimes_are_found_where_both_are_loaded() -> None:
     """Told by the linker's list of a fresh process that has used torch and bitsandbytes."""
     code = (
-        "import json, torch, bitsandbytes, qlora_pl.doctor.openmp as m\n"
+        "import json, torch, bitsandbytes, qlora_pl.doctor.arithmetic.openmp as m\n"
         "print(json.dumps([str(p) for p in m.runtimes()]))"
     )
     done = subprocess.run(
@@ -241,6 +288,7 @@ def test_runtimes_that_spin_and_threads_without_cores_are_warnings() -> None:
     assert (idle.status, idle.fix) == (Status.NOTE, "unset OMP_NUM_THREADS")
 
 
+@pytest.mark.slow
 def test_variables_of_openmp_reach_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

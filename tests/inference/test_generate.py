@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from trained import Type
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process
@@ -135,15 +134,12 @@ def test_a_file_of_other_questions_or_of_something_else_is_left_alone(
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(adapter: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qlora_pl", "generate", "--adapter", str(adapter)]
-    command += ["--prompts", str(questions(tmp_path, 40)), *SHORT, "--batch-size", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    words = ["generate", "--adapter", str(adapter), "--prompts", str(questions(tmp_path, 40))]
+    with warm.Started("qlora_pl", *words, *SHORT, "--batch-size", "1") as process:
         process.stdout.readline()
         process.stdout.close()
-        said = process.stderr.read().decode()
-        assert process.wait(timeout=120) == 0
+        said = process.stderr.read()
+        assert process.wait(120) == 0
     assert "Traceback" not in said
     assert "BrokenPipe" not in said
 

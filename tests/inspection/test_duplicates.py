@@ -10,15 +10,16 @@ import pytest
 from qlora_pl.inspection.data.duplicates import SIMILAR, alike, same, similarity
 
 
-def jaccard(one: str, other: str) -> float:
-    """By the definition, over runs of three words."""
+def runs(text: str) -> frozenset[str]:
+    """Three words in a row, all that a text has."""
+    words = text.split()
+    return frozenset(" ".join(words[start : start + 3]) for start in range(len(words) - 2))
 
-    def runs(text: str) -> set[str]:
-        words = text.split()
-        return {" ".join(words[start : start + 3]) for start in range(len(words) - 2)}
 
-    both = runs(one) | runs(other)
-    return len(runs(one) & runs(other)) / len(both) if both else 0.0
+def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+    """By the definition."""
+    both = one | other
+    return len(one & other) / len(both) if both else 0.0
 
 
 def texts_with_copies(seed: int) -> list[str]:
@@ -38,8 +39,9 @@ def texts_with_copies(seed: int) -> list[str]:
 def grouped_by_brute_force(texts: list[str]) -> set[frozenset[int]]:
     """Chains of pairs that are equal or similar."""
     group = {row: {row} for row in range(len(texts))}
+    shingles = [runs(text) for text in texts]
     for a, b in combinations(range(len(texts)), 2):
-        if texts[a] == texts[b] or jaccard(texts[a], texts[b]) >= SIMILAR:
+        if texts[a] == texts[b] or jaccard(shingles[a], shingles[b]) >= SIMILAR:
             joined = group[a] | group[b]
             group.update(dict.fromkeys(joined, joined))
     return {frozenset(rows) for rows in group.values() if len(rows) > 1}

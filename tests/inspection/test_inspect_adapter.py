@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from adapter_runs import fill, fit
-from safetensors.torch import load_file, save_file
+from adapter_runs import fit
+from conftest import save_base
+from peft_folders import EVERYWHERE, WEIGHTS, Type, change, numbers_of, save_adapter
+from safetensors.torch import load_file
 from torch import Tensor
 from trained import adapter, other_base, run, type_in
 from transformers import AutoModelForCausalLM
@@ -24,10 +24,6 @@ from qlora_pl.inspection.places import ModulePlace
 __all__ = ["adapter", "other_base", "run", "type_in"]
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process
 
-Type = Callable[..., tuple[int, str, str]]
-WEIGHTS = "adapter_model.safetensors"
-EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 def draw_pair(out: int, inputs: int, rank: int, scale: float = 1.5, seed: int = 0) -> Pair:
     draw = torch.Generator().manual_seed(seed)
@@ -38,34 +34,6 @@ def draw_pair(out: int, inputs: int, rank: int, scale: float = 1.5, seed: int = 
 
 def dense(pair: Pair) -> Tensor:
     return pair.scale * pair.b.double() @ pair.a.double()
-
-
-def save_adapter(folder: Path, base: Path, seed: int = 0, **settings: Any) -> Any:
-    """A PEFT adapter away from its start, in its own folder; returns the PEFT model."""
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(
-        **{"r": 4, "lora_alpha": 16, "target_modules": EVERYWHERE, "task_type": "CAUSAL_LM"}
-        | settings
-    )
-    model: Any = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config
-    )
-    fill(model, seed)
-    model.save_pretrained(folder)
-    return model
-
-
-def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def numbers_of(type_in: Type, *words: object, code: int = 0) -> dict[str, Any]:
-    got, out, said = type_in("inspect", "adapter", *words, "--json")
-    assert got == code, said
-    found: dict[str, Any] = json.loads(out)
-    return found
 
 
 # -- the arithmetic --------------------------------------------------------------------------------
@@ -218,14 +186,21 @@ def test_biases_and_whole_layers_are_told(type_in: Type, saved: Any, tmp_path: P
     assert list(found["others"]) == ["lm_head.weight"]
 
 
+def test_layers_stand_in_their_order(type_in: Type, tmp_path: Path) -> None:
+    """Twelve of them, which a file of weights sorts as 0, 1, 10, 11, 2."""
+    base = save_base(tmp_path / "base", num_hidden_layers=12)
+    save_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "up_proj"])
+    found = numbers_of(type_in, "--adapter", tmp_path / "adapter")
+    layers = list(dict.fromkeys(p["place"]["layer"] for p in found["pairs"]))
+    assert layers == [str(layer) for layer in range(12)]
+
+
 # -- findings --------------------------------------------------------------------------------------
 
 
 def test_dead_and_exploding_matrices_are_named(
     type_in: Type, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from conftest import save_base
-
     base = save_base(tmp_path / "base", num_hidden_layers=4)
     save_adapter(tmp_path / "adapter", base, lora_alpha=1)
     place = "base_model.model.model.layers.{}.{}.lora_B.weight"
@@ -238,11 +213,12 @@ def test_dead_and_exploding_matrices_are_named(
     change(tmp_path / "adapter", edit)
     found = numbers_of(type_in, "--adapter", tmp_path / "adapter", "--base", base)
     told = "\n".join(found["findings"])
-    assert "exactly zero, and change nothing: model.layers.0.self_attn.q_proj" in told
+    zero = "B (or A) is exactly zero in 1 of 28 modules, which change nothing: "
+    assert f"{zero}model.layers.0.self_attn.q_proj." in told
     assert "'model.layers.1.self_attn.k_proj' is as good as dead" in told
     assert "'model.layers.2.mlp.up_proj' is" in told
     assert "times its kind's median norm" in told
-    assert "'model.layers.2.mlp.up_proj' is changed by more than itself" in told
+    assert "Changed by more than the weight itself: model.layers.2.mlp.up_proj (" in told
     assert len(found["findings"]) == 4
 
 
@@ -262,8 +238,30 @@ def test_an_adapter_before_its_first_step_changes_nothing(
         *("--against", tmp_path / "adapter"),
     )
     assert code == 0, said
-    assert "Every B is exactly zero: this adapter changes nothing" in out
+    assert "Every B (or A) is exactly zero: this adapter changes nothing, as before" in out
     assert "can be compared" in out
+
+
+def test_a_dora_whose_b_is_zero_may_have_changed_lengths(
+    type_in: Type, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Rows made longer by a tenth change each weight by a tenth."""
+    save_adapter(tmp_path / "adapter", tiny_base, use_dora=True)
+    weights = load_file(tiny_base / "model.safetensors")
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensor.zero_()
+            if "magnitude" in name:
+                module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+                tensor.copy_(1.1 * weights[f"{module}.weight"].float().norm(dim=1))
+
+    change(tmp_path / "adapter", edit)
+    found = numbers_of(type_in, "--adapter", tmp_path / "adapter", "--base", tiny_base)
+    assert "changes nothing, but for its rows' lengths" in found["findings"][0]
+    for p in found["pairs"]:
+        assert p["share"] == pytest.approx(0.1, rel=1e-4)
 
 
 def test_values_that_are_no_numbers_end_with_exit_code_2_after_the_report(
@@ -316,6 +314,39 @@ def test_cosines_are_those_of_the_dense_changes(
     assert found["whole"] == pytest.approx(dot / math.sqrt(squares * others), abs=1e-6)
 
 
+def test_two_runs_over_the_same_weights_are_comparable_wherever_the_base_lay(
+    type_in: Type, adapter: Path, tmp_path: Path
+) -> None:
+    """Folders of this project say which weights they are of; names of folders are none of it."""
+    import shutil
+
+    shutil.copytree(adapter, tmp_path / "moved")
+    path = tmp_path / "moved/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["base"]["name"] = "/elsewhere/base"
+    path.write_text(json.dumps(manifest))
+    words = ("--adapter", adapter, "--against", tmp_path / "moved")
+    assert numbers_of(type_in, *words)["notes"] == []
+    manifest["base"] |= {"name": "x", "weights": "0" * 64}
+    path.write_text(json.dumps(manifest))
+    (note,) = numbers_of(type_in, *words)["notes"]
+    assert "trained over other weights" in note
+    assert "000000000000" in note
+
+
+def test_modules_of_other_shapes_are_left_out_of_the_cosine(
+    type_in: Type, tiny_base: Path, tmp_path: Path
+) -> None:
+    wide = save_base(tmp_path / "wide", intermediate_size=192)
+    save_adapter(tmp_path / "one", tiny_base)
+    save_adapter(tmp_path / "other", wide)
+    found = numbers_of(type_in, "--adapter", tmp_path / "one", "--against", tmp_path / "other")
+    assert len(found["likeness"]["cosines"]) == 8  # attention alone
+    notes = "\n".join(found["notes"])
+    assert "'model.layers.0.mlp.up_proj' is (128, 64) in one and (192, 64) in the other" in notes
+    assert "bases of other names" in notes
+
+
 def test_an_adapter_is_like_itself_and_unlike_its_opposite(
     type_in: Type, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -331,70 +362,6 @@ def test_an_adapter_is_like_itself_and_unlike_its_opposite(
     for other, expected in (("one", 1.0), ("opposite", -1.0)):
         found = numbers_of(type_in, "--adapter", tmp_path / "one", "--against", tmp_path / other)
         assert found["likeness"]["whole"] == pytest.approx(expected, abs=1e-9)
-
-
-# -- bad input -------------------------------------------------------------------------------------
-
-
-def test_another_base_is_refused(type_in: Type, adapter: Path, other_base: Path) -> None:
-    code, out, said = type_in("inspect", "adapter", "--adapter", adapter, "--base", other_base)
-    assert (code, out) == (2, "")
-    assert "trained over other weights" in said
-
-
-def test_a_base_of_other_shapes_is_refused(
-    type_in: Type, tiny_base: Path, saved: Any, tmp_path: Path
-) -> None:
-    save_adapter(tmp_path / "adapter", tiny_base)
-    for family, sentence in (("GPT-2", "there is no 'model.layers.0"), ("Qwen2", None)):
-        code, out, said = type_in(
-            *("inspect", "adapter", "--adapter", tmp_path / "adapter", "--base", saved(family))
-        )
-        if sentence is not None:
-            assert (code, out) == (2, "")
-            assert sentence in said
-
-
-def test_half_a_pair_is_refused(type_in: Type, tiny_base: Path, tmp_path: Path) -> None:
-    save_adapter(tmp_path / "adapter", tiny_base)
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-    change(tmp_path / "adapter", lambda tensors: tensors.__delitem__(name))
-    code, _, said = type_in("inspect", "adapter", "--adapter", tmp_path / "adapter")
-    assert code == 2
-    assert f"lacks '{name}'" in said
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ((), "--adapter: name an adapter folder."),
-        (("--adapter", "./nowhere"), "--adapter: no folder './nowhere'."),
-        (("--adapter", "BASE"), "holds no adapter (no adapter_config.json)."),
-        (("--adapter", "ADAPTER", "--against", "BASE"), "--against:"),
-        (("--adapter", "ADAPTER", "--output", "no/there"), "--output: no folder 'no'"),
-        (("--adaptor", "ADAPTER"), "did you mean '--adapter'?"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_exit_code_2(
-    words: tuple[str, ...], sentence: str, type_in: Type, adapter: Path, tiny_base: Path
-) -> None:
-    typed = [w.replace("BASE", str(tiny_base)).replace("ADAPTER", str(adapter)) for w in words]
-    code, out, said = type_in("inspect", "adapter", *typed)
-    assert (code, out) == (2, "")
-    assert sentence in said
-
-
-def test_experts_that_are_no_matrices_are_refused(
-    type_in: Type, tiny_base: Path, tmp_path: Path
-) -> None:
-    save_adapter(tmp_path / "adapter", tiny_base)
-    path = tmp_path / "adapter/adapter_config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"target_parameters": ["experts.up"]})
-    )
-    code, _, said = type_in("inspect", "adapter", "--adapter", tmp_path / "adapter")
-    assert code == 2
-    assert "no matrices (target_parameters" in said
 
 
 def test_a_folder_of_this_project_is_read_like_any_other(adapter: Path) -> None:

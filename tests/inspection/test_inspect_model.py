@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from conftest import save_base
 from families import Saver
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 from trained import adapter, run, type_in
 from transformers import AutoModelForCausalLM
 
-from qlora_pl.cli import read_runs
 from qlora_pl.inspection.weights.command import parse
 from qlora_pl.merging.scored_rows import ScoredRow, held_out_rows
 
@@ -285,153 +282,7 @@ def test_an_encoder_decoder_model_is_asked(type_in: Type, saved: Saver, rows_fil
     assert all(m["output_squared_sum"] > 0 for m in found["matrices"])
 
 
-# -- the suggestion --------------------------------------------------------------------------------
-
-
-def test_the_lines_of_the_suggestion_are_what_the_training_parser_reads(
-    type_in: Type, tiny_base: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    code, out, said = type_in(
-        *("inspect", "model", "--model", tiny_base, "--keep", "2", "--skip-modules", "o_proj")
-    )
-    assert code == 0, said
-    lines = out.split("```yaml\n")[1].split("```")[0]
-    suggested = json.loads(Path("inspect-model/report.json").read_text())["kept"]
-    file = tmp_path / "kept.yaml"
-    file.write_text(lines)
-    (read,) = read_runs(
-        [
-            [
-                *("--config", str(file), "--model.model_name_or_path", str(tiny_base)),
-                *("--data.sources", str(rows_file)),
-            ]
-        ]
-    )
-    quantization = read.model.quantization
-    assert tuple(quantization.skip_modules) == ("o_proj", *(kept["module"] for kept in suggested))
-    assert (quantization.quant_type, quantization.block_size) == ("nf4", 64)
-    assert quantization.double_quant is True
-
-
-def test_a_suggestion_costs_what_a_run_would_keep_more(type_in: Type, tiny_base: Path) -> None:
-    """Source: footprint's packed bytes, and two bytes for a weight in 16 bits."""
-    from qlora_pl.modeling.base.quantization import QuantizationConfig, packed_bytes
-
-    _, out, _ = type_in("inspect", "model", "--model", tiny_base, "--json")
-    found = numbers_of(out)
-    sizes = {m["module"]: math.prod(m["shape"]) for m in found["matrices"]}
-    for kept in found["kept"]:
-        number = sizes[kept["module"]]
-        expected = 2 * number - packed_bytes(number, QuantizationConfig())
-        assert kept["added_bytes"] == pytest.approx(expected)
-
-
-def test_a_matrix_that_fits_badly_is_the_first_suggestion(type_in: Type, tmp_path: Path) -> None:
-    """One outlier in each block of one matrix, whose other weights all but vanish in its scale."""
-    base = save_base(tmp_path / "base")
-    path = base / "model.safetensors"
-    weights = load_file(path)
-    name = "model.layers.1.self_attn.k_proj.weight"
-    weights[name][:, 0] = 20.0
-    save_file(weights, path, metadata={"format": "pt"})
-    code, out, said = type_in("inspect", "model", "--model", base, "--json", "--kinds", "nf4")
-    assert code == 0, said
-    found = numbers_of(out)
-    assert found["kept"][0]["module"] == name.removesuffix(".weight")
-    bad = next(m for m in found["matrices"] if m["module"] == name.removesuffix(".weight"))
-    assert bad["normality"]["weights_beside_outliers"] == math.prod(bad["shape"])
-
-
-# -- bad input -------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_of_nan_is_refused_with_its_tensors(
-    type_in: Type, tmp_path: Path, rows_file: Path
-) -> None:
-    base = save_base(tmp_path / "base")
-    weights = load_file(base / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][3, :5] = float("nan")
-    weights["model.norm.weight"][0] = float("inf")
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    code, out, said = type_in("inspect", "model", "--model", base)
-    assert (code, out) == (2, "")
-    assert "model.layers.0.mlp.up_proj.weight (5 of 8,192)" in said
-    assert "model.norm.weight (1 of 64)" in said
-    assert "in 2 tensors" in said
-    assert not Path("inspect-model").exists()
-    code, out, said = type_in("inspect", "model", "--model", base, "--data", rows_file)
-    assert (code, out) == (2, "")
-    assert "NaN or infinite" in said
-
-
-def test_a_base_that_is_quantised_already_is_refused(
-    type_in: Type, tiny_base: Path, tmp_path: Path
-) -> None:
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_base, quantization_config=config, device_map={"": "cpu"}
-    )
-    model.save_pretrained(tmp_path / "packed")
-    code, out, said = type_in("inspect", "model", "--model", tmp_path / "packed")
-    assert (code, out) == (2, "")
-    assert "is quantised already (nf4 with double quantisation, 14 matrices)" in said
-    assert "name the model in 16 bits" in said
-
-
-BAD: dict[str, tuple[tuple[str, ...], str]] = {
-    "nothing": ((), "--model: name a model, or an adapter with --adapter."),
-    "no folder": (("--model", "./nowhere"), "--model: no folder './nowhere'."),
-    "no model": (("--model", "EMPTY"), "is not a model folder; it has no config.json."),
-    "no data": (("--model", "BASE", "--data", "no.jsonl"), "--data: no file 'no.jsonl'"),
-    "bad data": (("--model", "BASE", "--data", "EMPTY/bad.jsonl"), "bad.jsonl"),
-    "kind": (("--model", "BASE", "--kinds", "nf5"), "--kinds: invalid choice: 'nf5'"),
-    "flag": (("--model", "BASE", "--kind", "nf4"), "did you mean '--kinds'?"),
-    "tokens": (("--model", "BASE", "--tokens", "0"), "--tokens: must be at least 1, got 0."),
-    "block": (
-        ("--model", "BASE", "--kinds", "nf4", "--block-sizes", "4096"),
-        "--block-sizes: no matrix can be kept as nf4 4096 DQ",
-    ),
-    "skipped": (
-        ("--model", "BASE", "--skip-modules", "q_prj"),
-        "--skip-modules: no weight matrix belongs to q_prj",
-    ),
-    "output": (("--model", "BASE", "--output", "no/there"), "--output: no folder 'no'; make it"),
-    "file": (("--model", "BASE", "--output", "EMPTY/bad.jsonl"), "is a file; name a folder."),
-    "adapter": (("--adapter", "EMPTY"), "holds no adapter"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_mistake_is_one_sentence_and_exit_code_2(
-    name: str, type_in: Type, tiny_base: Path, tmp_path: Path
-) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "bad.jsonl").write_text("{not json\n")
-    words, sentence = BAD[name]
-    words = tuple(w.replace("BASE", str(tiny_base)).replace("EMPTY", str(empty)) for w in words)
-    code, out, said = type_in("inspect", "model", *words)
-    assert (code, out) == (2, "")
-    assert sentence in said
-    assert "Traceback" not in said
-
-
-def test_a_folder_of_somebody_else_is_left_alone(type_in: Type, tiny_base: Path) -> None:
-    Path("mine").mkdir()
-    Path("mine/report.md").write_text("mine")
-    code, _, said = type_in("inspect", "model", "--model", tiny_base, "--output", "mine")
-    assert code == 2
-    assert "is of no report of this command" in said
-    assert Path("mine/report.md").read_text() == "mine"
-
-
-def test_a_report_is_replaced(type_in: Type, tiny_base: Path) -> None:
-    for _ in range(2):
-        assert type_in("inspect", "model", "--model", tiny_base, "--kinds", "nf4")[0] == 0
+# -- the command ----------------------------------------------------------------------------------
 
 
 def test_flags_of_ways_are_every_combination() -> None:
@@ -452,29 +303,15 @@ def test_flags_of_ways_are_every_combination() -> None:
     assert [f.name for f in formats] == ["nf4 64", "nf4 128", "int8"]
 
 
-def test_blocks_that_span_rows_of_some_matrices_are_left_out_of_these(
-    type_in: Type, tmp_path: Path
-) -> None:
-    base = save_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
-    code, out, said = type_in(
-        *("inspect", "model", "--model", base, "--kinds", "nf4", "--block-sizes", "64", "128"),
-        *("--double-quant", "false"),
-    )
-    assert code == 0, said
-    assert "nf4 128: 'model.layers.0.self_attn.q_proj' has 64 inputs" in out
-    found = json.loads(Path("inspect-model/report.json").read_text())
-    fit = [m["module"] for m in found["matrices"] if "nf4 128" in m["errors"]]
-    assert fit == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+def test_a_report_is_replaced(type_in: Type, tiny_base: Path) -> None:
+    for _ in range(2):
+        assert type_in("inspect", "model", "--model", tiny_base, "--kinds", "nf4")[0] == 0
 
 
-def test_a_missing_weight_is_no_number_out_of_thin_air(
-    type_in: Type, tiny_base: Path, tmp_path: Path
-) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_base, base)
-    weights = load_file(base / "model.safetensors")
-    del weights["model.layers.0.mlp.up_proj.weight"]
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    code, _, said = type_in("inspect", "model", "--model", base)
+def test_a_folder_of_somebody_else_is_left_alone(type_in: Type, tiny_base: Path) -> None:
+    Path("mine").mkdir()
+    Path("mine/report.md").write_text("mine")
+    code, _, said = type_in("inspect", "model", "--model", tiny_base, "--output", "mine")
     assert code == 2
-    assert "does not hold 1 of the weights" in said
+    assert "is of no report of this command" in said
+    assert Path("mine/report.md").read_text() == "mine"

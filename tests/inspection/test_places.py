@@ -6,7 +6,7 @@ import pytest
 from families import FAMILIES, Family
 from transformers import AutoConfig
 
-from qlora_pl.inspection.places import place_modules
+from qlora_pl.inspection.places import in_order, place_modules
 
 LLAMA = [f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in ("q_proj", "o_proj")]
 
@@ -48,3 +48,14 @@ def test_every_family_has_two_layers_of_the_same_kinds(family: Family) -> None:
     layers = {layer for layer, _ in places.values()}
     stacks = ("encoder ", "decoder ") if family.is_encoder_decoder else ("",)
     assert layers == {f"{stack}{i}" for stack in stacks for i in range(2)}
+
+
+def test_layers_are_sorted_as_one_counts() -> None:
+    names = [f"model.layers.{i}.{kind}" for i in range(12) for kind in ("mlp.up_proj", "q_proj")]
+    assert sorted(sorted(names), key=in_order) == names
+    assert sorted(["lm_head", "h.1.a", "h.1.0", "h.1"], key=in_order) == [
+        "h.1",
+        "h.1.a",
+        "h.1.0",
+        "lm_head",
+    ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
-from test_inspect_adapter import Type, save_adapter
+from peft_folders import Type, save_adapter
 from test_page import Reader
 from trained import adapter, run, type_in
 
@@ -55,6 +56,19 @@ def test_a_column_is_as_high_as_its_number() -> None:
     assert heights[1] == pytest.approx(4 * heights[0], rel=1e-2)
 
 
+def test_cosines_of_modules_that_one_adapter_lacks_stay_blank(
+    type_in: Type, tiny_base: Path, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "one", tiny_base)
+    save_adapter(tmp_path / "two", tiny_base, target_modules=["q_proj", "v_proj"])
+    words = ("--adapter", tmp_path / "one", "--against", tmp_path / "two")
+    assert type_in("inspect", "adapter", *words)[0] == 0
+    html = Path("inspect-adapter/report.html").read_text("utf-8")
+    picture = html.split("<h3>Cosine</h3>")[1].split("</svg>")[0]
+    assert "no number" not in picture
+    assert set(re.findall(r"<title>([a-z]+_proj), layer", picture)) == {"q_proj", "v_proj"}
+
+
 def test_the_report_of_a_base_is_a_page_that_needs_nothing(type_in: Type, adapter: Path) -> None:
     code, _, said = type_in("inspect", "model", "--adapter", adapter, "--keep", "1")
     assert code == 0, said
@@ -64,6 +78,17 @@ def test_the_report_of_a_base_is_a_page_that_needs_nothing(type_in: Type, adapte
     assert not [values for _, values in tags if any(k.startswith("on") for k in values)]
     for heading in ("Ways to keep the matrices", "What each part costs", "How normal"):
         assert heading in html
+    # Each kind of module in each format, as the numbers beside the page have it.
+    numbers = json.loads(Path("inspect-model/report.json").read_text("utf-8"))
+    every = html.split("Error of weights in every format")[1].split("</table>")[0]
+    assert list(numbers["formats"]) == re.findall(r"<th class=\"number\">([^<]*)</th>", every)
+    last = every.split("<td>down_proj</td>")[1]
+    told = re.findall(r"<td class=\"number\">([^<]*)</td>", last)
+    downs = [m for m in numbers["matrices"] if m["place"]["kind"] == "down_proj"]
+    for place, name in enumerate(numbers["formats"]):
+        error = sum(m["errors"][name]["squared_error"] for m in downs)
+        share = math.sqrt(error / sum(m["squared_sum"] for m in downs))
+        assert told[place] == f"{100 * share:.2f} %"
     # A cell for each of the 14 matrices in five maps, each with its number.
     assert len(re.findall(r"<title>[a-z]+_proj, layer \d: ", html)) == 5 * 14
 

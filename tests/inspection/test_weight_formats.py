@@ -21,6 +21,7 @@ from qlora_pl.inspection.weights.formats import (
 )
 from qlora_pl.modeling.base.reference_quantizer import (
     dequantize_blockwise,
+    dynamic_codebook,
     fp4_codebook,
     nf4_codebook,
     quantize_blockwise,
@@ -93,6 +94,59 @@ def test_int8_is_what_a_layer_of_bitsandbytes_holds() -> None:
     expected = held.data.float() * held.SCB.float()[:, None] / 127
     kept = through(Format(kind="int8", block_size=None))
     assert torch.equal(kept, expected)
+
+
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_int4_is_nearest_among_its_codes_in_float64(block_size: int) -> None:
+    """Source: every code tried on every weight, in NumPy's float64.
+
+    Each kept weight is as near as the nearest code to float32's rounding, of which scales that are
+    read back, products and ties have a few steps; the error of all together is the same.
+    """
+    blocks = NORMAL.double().numpy().reshape(-1, block_size)
+    scale = np.abs(blocks).max(axis=1, keepdims=True)
+    codes = np.arange(-7, 8) / 7
+    nearest = np.full_like(blocks, np.inf)
+    for code in codes:
+        nearest = np.minimum(nearest, np.abs(blocks - scale * code))
+    kept = through(Format(kind="int4", block_size=block_size)).double().numpy()
+    distance = np.abs(kept.reshape(blocks.shape) - blocks)
+    assert np.abs(distance - nearest).max() < 1e-6 * scale.max()
+    assert (distance**2).sum() == pytest.approx((nearest**2).sum(), rel=1e-7)
+
+
+def test_int8_is_rounding_to_127_steps_of_the_rows_largest_in_float64() -> None:
+    """Source: NumPy's float64 on what is left of the weights in float16, which the kernel takes."""
+    half = NORMAL.half().double().numpy()
+    step = np.abs(half).max(axis=1, keepdims=True) / 127
+    expected = np.round(half / step) * step
+    kept = through(Format(kind="int8", block_size=None)).double().numpy()
+    # A tie in float32 may fall the other way: a step more or less, as far from the weight.
+    assert (np.abs(kept - expected) < 1e-6 * np.abs(half).max()).mean() > 0.999
+    error = ((kept - NORMAL.double().numpy()) ** 2).sum()
+    assert error == pytest.approx(((expected - NORMAL.double().numpy()) ** 2).sum(), rel=1e-5)
+
+
+def test_double_quantisation_is_that_of_the_scales_in_float64() -> None:
+    """Source: the dynamic map's nearest value for every scale less their mean, in NumPy's float64.
+
+    The kernel finds it on a grid of 65,536 points, which moves few of them by one: the error of
+    weights is the same to a thousandth.
+    """
+    scales = NORMAL.double().numpy().reshape(-1, 64)
+    scales = np.abs(scales).max(axis=1)
+    centred = (scales - scales.mean()).reshape(-1, 256)
+    second = np.abs(centred).max(axis=1, keepdims=True)
+    table = dynamic_codebook().double().numpy()
+    codes = np.abs((centred / second)[..., None] - table).argmin(axis=-1)
+    kept = (table[codes] * second).reshape(-1) + scales.mean()
+    plain = through(Format(kind="nf4")).double().numpy().reshape(-1, 64)
+    expected = plain * (kept / scales)[:, None]
+    found = through(Format(kind="nf4", double_quant=True)).double().numpy().reshape(-1, 64)
+    moved = ((expected - plain) ** 2).sum()
+    assert ((found - plain) ** 2).sum() == pytest.approx(moved, rel=1e-2)
+    whole = NORMAL.double().numpy().reshape(-1, 64)
+    assert ((found - whole) ** 2).sum() == pytest.approx(((expected - whole) ** 2).sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize("format", [f for f in ALL if not f.double_quant], ids=lambda f: f.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -12,8 +13,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from huggingface_hub import ModelCard
 from torch.nn import functional
 from typed import type_words
 
+from qlora_pl.__main__ import main
 from qlora_pl.data.conversation import Conversation, Message
 from qlora_pl.data.encoding.lengths import Limits
 from qlora_pl.inference.loading import load
@@ -60,38 +63,60 @@ def type_in(
     return run
 
 
+class Merged(NamedTuple):
+    """A merged model."""
+
+    folder: Path
+    out: str
+    """Standard output of the command."""
+    log: str
+
+
+@pytest.fixture(scope="module")
+def merged(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Merged:
+    """Of the better policy, for all tests that only look at it."""
+    folder, out, log = tmp_path_factory.mktemp("merging"), io.StringIO(), io.StringIO()
+    words = ["merge", "--adapter", str(adapter), "--output", "merged", "--force"]
+    logger, handler = logging.getLogger("qlora_pl"), logging.StreamHandler(log)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["qlora-pl", *words])
+        patch.setattr(logger, "level", logging.INFO)
+        logger.addHandler(handler)
+        try:
+            assert main() == 0
+        finally:
+            logger.removeHandler(handler)
+    return Merged(folder / "merged", out.getvalue(), log.getvalue())
+
+
 def test_the_better_policy_is_kept_and_loads_in_plain_transformers(
-    type_in: Type, adapter: Path, tmp_path: Path
+    type_in: Type, adapter: Path, merged: Merged
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    code, out, said = type_in("merge", "--adapter", adapter, "--output", "merged", "--force")
-    assert code == 0, said
-    record = json.loads(Path("merged/merge.json").read_text())
+    record = json.loads((merged.folder / "merge.json").read_text())
     scores = record["scores"]
     assert set(scores) == {"dequantized", "original"}
     better = min(scores, key=lambda name: scores[name]["kl_divergence"])
     assert record["policy"] == better == "dequantized"
     assert scores["dequantized"]["kl_divergence"] < 0.2 * scores["original"]["kl_divergence"]
-    assert "| dequantized |" in out
-    assert out.rstrip().endswith("merge: merged")
-    model = AutoModelForCausalLM.from_pretrained("merged")
+    assert "| dequantized |" in merged.out
+    assert merged.out.rstrip().endswith("merge: merged")
+    model = AutoModelForCausalLM.from_pretrained(merged.folder)
     assert model.dtype == torch.bfloat16
     assert model.generation_config.eos_token_id == [2]
-    tokenizer = AutoTokenizer.from_pretrained("merged")
+    tokenizer = AutoTokenizer.from_pretrained(merged.folder)
     asked = [{"role": "user", "content": "How many legs?"}]
     ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     assert tokenizer.decode(ids) == "<s>### Human: How many legs?### Assistant:"  # as trained
-    left = sorted(path.name for path in Path("merged").iterdir())
+    left = sorted(path.name for path in merged.folder.iterdir())
     assert not [name for name in left if name.startswith(("reference", "original", "dequantized"))]
-    assert [path.name for path in Path().iterdir()] == ["merged"]
-    code, answer, _ = type_in(
-        *("generate", "--model", "merged", "--prompt", "How many legs?", "--max-new-tokens", "4")
-    )
+    assert [path.name for path in merged.folder.parent.iterdir()] == ["merged"]
+    asking = ("--prompt", "How many legs?", "--max-new-tokens", "4")
+    code, answer, _ = type_in("generate", "--model", merged.folder, *asking)
     assert code == 0
-    _, trained, _ = type_in(
-        *("generate", "--adapter", adapter, "--prompt", "How many legs?", "--max-new-tokens", "4")
-    )
+    _, trained, _ = type_in("generate", "--adapter", adapter, *asking)
     assert answer == trained
 
 
@@ -159,17 +184,16 @@ def test_without_rows_the_trained_base_is_merged_onto_and_that_is_said(
 def test_the_card_of_a_merged_model_tells_what_it_cost_and_its_lines_run(
     type_in: Type,
     adapter: Path,
+    merged: Merged,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, out, _ = type_in("merge", "--adapter", adapter, "--output", "merged", "--force")
-    assert code == 0
-    text = Path("merged/README.md").read_text()
-    assert out.split("\n\n")[0] in text  # the table of scores
+    text = (merged.folder / "README.md").read_text()
+    assert merged.out.split("\n\n")[0] in text  # the table of scores
     assert "`dequantized` is the one that was kept" in text
     assert ModelCard(text).data.to_dict()["tags"] == ["merged", "qlora", "qlora-pl"]
     assert str(adapter) not in text
-    monkeypatch.chdir("merged")
+    monkeypatch.chdir(merged.folder)
     loading, asking, own = blocks(Path(), "python")
     (command,) = blocks(Path(), "bash")
     capsys.readouterr()
@@ -271,14 +295,9 @@ def test_the_rows_of_a_file_are_scored_as_training_would_encode_them(
     assert record["scores"]["original"]["tokens"] == sum(e.num_trained for e in expected)
 
 
-def test_a_time_is_foretold_on_standard_error(
-    type_in: Type, adapter: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "qlora_pl")
-    code, out, _ = type_in("merge", "--adapter", adapter, "--output", "merged", "--force")
-    assert code == 0
-    assert re.search(r"Scoring: 3 models read [\d,]+ tokens each, about \d+ s", caplog.text)
-    assert "Scoring" not in out
+def test_a_time_is_foretold_and_not_among_the_answers(merged: Merged) -> None:
+    assert re.search(r"Scoring: 3 models read [\d,]+ tokens each, about \d+ s", merged.log)
+    assert "Scoring" not in merged.out
 
 
 @pytest.mark.parametrize(

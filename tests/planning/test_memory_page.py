@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ def test_the_figures_table_is_the_plans() -> None:
     printed = [line.split() for line in figure6_table().splitlines()[1:5]]
     shown = [line.split() for line in PAGE.splitlines() if line.startswith("    LLaMA ")]
     assert shown == printed
+
+
+def test_the_measured_errors_are_those_of_the_committed_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    results = max(ROOT.glob("benchmarks/results/memory-plan-cpu-*.json"))
+    made = importlib.import_module("memory_plan").summary(json.loads(results.read_text())["cases"])
+    assert made in " ".join(PAGE.split())
+    assert f"`benchmarks/results/{results.name}`" in PAGE
 
 
 def test_every_experiment_has_its_line() -> None:

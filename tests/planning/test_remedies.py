@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_pl.planning.advice.levers import DEVICES, LESS, NEARLY, SAME, RunKeys, levers_of
+from qlora_pl.planning.advice.levels import DEVICES, LESS, NEARLY, SAME
+from qlora_pl.planning.advice.levers import levers_of
 from qlora_pl.planning.advice.remedies import Remedy, advise, applied, yaml_lines
 from qlora_pl.planning.advice.verdict import judge
 from qlora_pl.planning.memory.memory_plan import plan_memory
 from qlora_pl.planning.memory.training_setting import TrainingSetting
+from qlora_pl.planning.runs.run_keys import RunKeys
 from qlora_pl.planning.shapes.known_shapes import known_shape
 from qlora_pl.planning.shapes.model_shape import ModelShape, shape_from_config
 from qlora_pl.planning.work.cards import Card, card_named
@@ -74,6 +76,91 @@ def test_what_leaves_the_result_alone_comes_first(llama7b: ModelShape) -> None:
     assert prices == sorted(prices)
     assert prices[0] == SAME
     assert SAME < NEARLY < DEVICES < LESS
+
+
+def test_where_only_more_gpus_are_enough_alone_combinations_on_one_are_told_too(
+    llama7b: ModelShape,
+) -> None:
+    setting = TrainingSetting(
+        quant_type="none", double_quant=False, batch_size=2, tokens_per_row=2048, r=256
+    )
+    keys = replace(KEYS, accumulation=8, global_batch_size=16)
+    plans = [
+        plan_memory(llama7b, applied(setting, [level]))
+        for lever in levers_of(llama7b, setting, keys)
+        if not lever.adds_devices
+        for level in lever.levels
+    ]
+    least = min(plan.total - plan.pageable for plan in plans)
+    remedies = advise(llama7b, setting, Card(name="less", memory_bytes=least * 9 // 10), keys)
+    numbers = {(len(r.levels) > 1, r.setting.num_devices > 1) for r in remedies.remedies}
+    assert numbers == {(True, False), (False, True)}
+
+
+def test_every_single_change_that_is_enough_is_listed_beside_the_cheapest(
+    llama7b: ModelShape,
+) -> None:
+    """Smaller micro-batches alone would do; a user may rather cut rows, or add a GPU."""
+    setting = replace(BIG, gradient_checkpointing=True, batch_size=64, num_micro_batches=1)
+    keys = replace(KEYS, accumulation=1, global_batch_size=64)
+    card = card_named("40GiB")
+    names = named(advise(llama7b, setting, card, keys).remedies)
+    alone = [
+        lever.name
+        for lever in levers_of(llama7b, setting, keys)
+        if judge(plan_memory(llama7b, applied(setting, lever.levels[-1:])), card).fits
+    ]
+    assert len(names) == len(alone) >= 2
+    assert names[0] == "data.batch_size"
+    assert "data.max_length" in names
+
+
+@pytest.mark.parametrize(
+    ("overlong", "lost", "keys", "words"),
+    [
+        ("cut", 0.2, {"data.max_lost_ratio": 0.21}, "20.0% of the trained tokens are cut off"),
+        ("cut", 0.001, {}, "0.1% of the trained tokens are cut off"),
+        ("drop", 0.2, {"data.max_lost_ratio": 0.21}, "are in rows that are left out"),
+        ("split", 0.0, {}, "0.0% of the trained tokens are lost, as longer rows are split"),
+        ("error", 0.001, {"data.overlong": "cut"}, "cut off"),
+        ("cut", None, {}, "data.max_lost_ratio allows 1.0%"),
+    ],
+)
+def test_shorter_rows_come_with_the_keys_without_which_fit_would_refuse_them(
+    overlong: str, lost: float | None, keys: dict, words: str, llama7b: ModelShape
+) -> None:
+    said = replace(
+        KEYS, overlong=overlong, share_lost=None if lost is None else lambda length: lost
+    )
+    (lever,) = [its for its in levers_of(llama7b, BIG, said) if its.name == "length"]
+    for level in lever.levels:
+        assert level.keys == {"data.max_length": level.keys["data.max_length"], **keys}
+        assert words in level.cost
+
+
+def test_a_micro_batch_is_no_free_choice_where_each_weighs_the_same(llama7b: ModelShape) -> None:
+    """``normalize_loss_by: micro_batches``, the original's mean of means."""
+    keys = replace(KEYS, weighs_micro_batches=True)
+    (lever,) = [its for its in levers_of(llama7b, BIG, keys) if its.name == "micro-batch"]
+    assert {level.price for level in lever.levels} == {NEARLY}
+    assert "rows weigh otherwise" in lever.levels[0].cost
+
+
+def test_where_it_fits_with_paging_what_does_without_is_told(llama7b: ModelShape) -> None:
+    setting = TrainingSetting(tokens_per_row=512)
+    plan = plan_memory(llama7b, setting)
+    card = Card(name="tight", memory_bytes=plan.total - plan.pageable // 2)
+    assert judge(plan, card).kind == "fits with paging"
+    remedies = advise(llama7b, setting, card, KEYS).remedies
+    assert {remedy.verdict.kind for remedy in remedies} == {"fits"}
+    assert "model.optimizer.name" in named(remedies)
+
+
+def test_the_steps_of_a_limit_begin_at_the_longest_row(llama7b: ModelShape) -> None:
+    """A limit that no row comes near is not lowered to another one of that kind."""
+    setting = replace(BIG, tokens_per_row=800)
+    (lever,) = [its for its in levers_of(llama7b, setting, KEYS) if its.name == "length"]
+    assert [level.keys["data.max_length"] for level in lever.levels] == [576, 384, 192]
 
 
 def test_where_no_single_change_is_enough_the_fewest_together_are_offered(

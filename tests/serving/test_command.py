@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
+import warm
 from trained import Type
 
 from qlora_pl.serving import command
@@ -104,19 +102,15 @@ def test_only_this_machine_has_its_own_names() -> None:
 # -- a process -------------------------------------------------------------------------------------
 
 
+Running = tuple[warm.Started, str, list[str]]
+
+
 @pytest.fixture
-def started(adapter: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def started(adapter: Path) -> Iterator[Running]:
     """The command in a process of its own: it, its address, and what it says."""
     words = ["serve", "--adapter", str(adapter), "--port", "0", "--max-new-tokens", "200"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "qlora_pl", *words],
-        env=os.environ | {command.KEY_VARIABLE: "a-key-of-this-test"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        assert process.stderr is not None
+    key = {command.KEY_VARIABLE: "a-key-of-this-test"}
+    with warm.Started("qlora_pl", *words, environment=key) as process:
         said: list[str] = []
         address = ""
         for line in process.stderr:
@@ -134,9 +128,7 @@ def started(adapter: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[st
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_a_signal_ends_it_cleanly_in_mid_stream(
-    started: tuple[subprocess.Popen[str], str, list[str]], number: int
-) -> None:
+def test_a_signal_ends_it_cleanly_in_mid_stream(started: Running, number: int) -> None:
     process, address, said = started
     secret = "what nobody may read"
     with openai.OpenAI(base_url=address, api_key="a-key-of-this-test", max_retries=0) as client:
@@ -148,7 +140,6 @@ def test_a_signal_ends_it_cleanly_in_mid_stream(
         with pytest.raises(openai.APIError):
             list(stream)
     assert process.wait(timeout=30) == 0
-    assert process.stdout is not None
     assert process.stdout.read() == ""
     text = "".join(said)
     assert "Traceback" not in text

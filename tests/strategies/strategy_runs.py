@@ -1,20 +1,19 @@
 """One experiment under any strategy: NF4 base, packed rows, accumulation, clipping, real processes.
 
 As a program it is one process of a run that ``torchrun`` would have started:
-``python strategy_runs.py settings.json``, with the rank in the environment.
+``python strategy_runs.py SETTINGS``, which are JSON, with the rank in the environment.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from gloo import run_processes
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from qlora_pl.data.datamodule import InstructionDataModule
@@ -119,40 +118,15 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_processes(settings: dict[str, Any], num_processes: int) -> list[dict[str, Any]]:
+def run_on(num_processes: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The same as processes that talk through gloo; what each of them noted."""
     folder = Path(settings["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "settings.json").write_text(json.dumps(settings | {"devices": num_processes}))
-    shared = {
-        "WORLD_SIZE": str(num_processes),
-        "LOCAL_WORLD_SIZE": str(num_processes),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder / "settings.json")],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_processes)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * num_processes, said[0]
+    run_processes(Path(__file__), num_processes, settings | {"devices": num_processes})
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(num_processes)]
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-
+    given = json.loads(sys.argv[1])
     noted = run(given)
     torch.save(noted, Path(given["folder"]) / f"rank{os.environ['RANK']}.pt")

@@ -11,7 +11,7 @@ import torch
 from adapter_runs import WEIGHTS
 from plain_peft import reload_with_plain_peft
 from safetensors.torch import load_file
-from strategy_runs import run_processes
+from strategy_runs import run_on
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 STRATEGIES = ["ddp", "fsdp2", "fsdp2_offload"]
@@ -45,12 +45,12 @@ def settings_of(base: Path, rows: Path, folder: Path, **changes: Any) -> dict[st
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """On one process, and what it noted."""
-    return run_processes(settings, 1)[0]
+    return run_on(1, settings)[0]
 
 
 def on_two(settings: dict[str, Any], strategy: str, folder: Path) -> list[dict[str, Any]]:
     changed = settings | {"strategy": strategy, "accumulation": 2, "folder": str(folder)}
-    return run_processes(changed, 2)
+    return run_on(2, changed)
 
 
 @pytest.mark.slow

@@ -20,10 +20,12 @@ from gloo import run_processes
 from launched import write_config
 from typed import type_words
 
-from qlora_pl.__main__ import ALLOCATOR_VARIABLES
-from qlora_pl.data.batches.largest_batch import first_size, largest_batch, possible_sizes
+from qlora_pl.allocator import ALLOCATOR_VARIABLES
+from qlora_pl.data.batches.global_batch import possible_sizes
+from qlora_pl.data.batches.largest_batch import first_size, largest_batch
 from qlora_pl.errors import ConfigurationError, HardwareError
-from qlora_pl.training.memory.auto_batch import USABLE, AutoBatch, Choice, choices
+from qlora_pl.planning.advice.automatic import USABLE, Choice, choices
+from qlora_pl.training.memory.auto_batch import AutoBatch
 from qlora_pl.training.memory.memory_record import FILE
 from qlora_pl.training.memory.planned_memory import RunPlanner
 from qlora_pl.training.run_folders.run_folder import newest_verified

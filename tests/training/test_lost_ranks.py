@@ -17,8 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
+import warm
 import yaml
 
 from qlora_pl.training.processes.agreement import FAILED, GO_ON, RankAgreement
@@ -63,8 +63,8 @@ def test_ranks_agree_on_the_greatest_word_one_call_later_and_notice_a_dead_one(
     tmp_path: Path,
 ) -> None:
     """The signal of rank 1, handed in with the third call, counts in the fourth, on both."""
-    context = torch.multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=exchange_words, args=(rank, tmp_path)) for rank in range(2)]
+    server = warm.server()
+    ranks = [server.Process(target=exchange_words, args=(rank, tmp_path)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from qlora_pl.training.run_folders.run_folder import (
     is_complete,
     newest_verified,
 )
+from qlora_pl.training.watching.monitoring import COLUMNS, RunMetrics
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]
 
@@ -51,6 +53,20 @@ def test_every_figure_is_of_the_last_step(seven: Path) -> None:
     for name in ("train/loss", "optim/lr", "optim/grad_norm", "val/loss", "val/perplexity"):
         assert said[name] == float(rows[-1][name]), name
     assert said["rows"] == 14
+
+
+def test_what_the_allocator_holds_for_each_byte_in_use_is_a_column(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The allocator's two counters stand in, as there is none here; test_gpu.py has the real."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 4 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 6 * 2**30)
+    step: Any = SimpleNamespace(loss=1.0, learning_rate=1e-4, grad_norm=0.1)
+    row = RunMetrics()._training_row(SimpleNamespace(global_step=3), step)  # type: ignore[arg-type]
+    assert row["memory/peak_allocated_gib"] == 4.0
+    assert row["memory/reserved_over_allocated"] == 1.5
+    assert "memory/reserved_over_allocated" in COLUMNS
 
 
 def test_epochs_are_counted_in_fractions(seven: Path) -> None:

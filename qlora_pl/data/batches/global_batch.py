@@ -6,6 +6,7 @@ not what is learnt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -51,6 +52,12 @@ def settle_accumulation(data: Any, trainer: Any) -> None:
             "remove one of the two."
         )
     trainer.accumulate_grad_batches = accumulation
+
+
+def possible_sizes(share: int) -> list[int]:
+    """The sizes of equal micro-batches that make up a device's share of a step, largest first."""
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    return sorted({*small, *(share // size for size in small)}, reverse=True)
 
 
 def accumulation_of(

@@ -56,11 +56,6 @@ def take_size(data: Any, batch_size: int) -> None:
     data.batch_size, data.eval_batch_size = batch_size, batch_size if own is None else own
 
 
-def possible_sizes(share: int) -> list[int]:
-    """The sizes of equal micro-batches that make up a device's share of a step, largest first."""
-    return [size for size in range(share, 0, -1) if share % size == 0]
-
-
 def largest_width(data: Any) -> Width:
     """The widest line that training can come to.
 

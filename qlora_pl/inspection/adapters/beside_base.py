@@ -68,7 +68,7 @@ class BaseBeside:
         trust_remote_code: bool = False,
     ) -> None:
         self._adapter = adapter
-        trained = adapter.manifest.base["weights"] if adapter.manifest is not None else None
+        trained = adapter.weights
         if trained is not None and identify_base(str(folder), None, cache_dir).weights != trained:
             raise AdapterFolderError(
                 f"--base: '{adapter.folder}' was trained over other weights than those in "

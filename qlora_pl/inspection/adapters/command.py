@@ -43,6 +43,13 @@ class AdapterOptions:
             raise ConfigurationError("--adapter: name an adapter folder.")
 
 
+def adapter_flags() -> Flags:
+    """The command's flags."""
+    parser = Flags("inspect adapter", DESCRIPTION)
+    parser.add_settings(AdapterOptions, "which adapter, and what it is held against")
+    return parser
+
+
 def inspect_adapter(words: Sequence[str]) -> int:
     """Run the command with the words that follow ``inspect adapter``.
 
@@ -50,8 +57,7 @@ def inspect_adapter(words: Sequence[str]) -> int:
         QLoRAError: for a mistake in words or folders; if the adapter holds values that are no
             numbers, after the report was written.
     """
-    parser = Flags("inspect adapter", DESCRIPTION)
-    parser.add_settings(AdapterOptions, "which adapter, and what it is held against")
+    parser = adapter_flags()
     options = AdapterOptions(**parser.settings(AdapterOptions, parser.parse(words)))
     output = Path(options.output).expanduser()
     refuse_other_contents(output, SUBJECT)
@@ -60,8 +66,10 @@ def inspect_adapter(words: Sequence[str]) -> int:
     from qlora_pl.inspection.adapters.page import page
     from qlora_pl.inspection.adapters.reporting import report
     from qlora_pl.inspection.adapters.tables import summary
+    from qlora_pl.inspection.flag_words import in_words_of_flags
 
-    numbers = report(options)
+    with in_words_of_flags("--base"):
+        numbers = report(options)
     text, plain = summary(numbers), numbers.to_plain()
     write_report(output, page(numbers), text, plain)
     print(as_json(plain) if options.json else text)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_pl.errors import AdapterFolderError, ConfigurationError
 from qlora_pl.exporting.plain_adapter import PREFIX, scale_of
-from qlora_pl.inspection.places import ModulePlace, place_modules
+from qlora_pl.inspection.places import ModulePlace, in_order, place_modules
 from qlora_pl.modeling.folders.adapter_folder import AdapterManifest, read_adapter_folder
 from qlora_pl.modeling.folders.peft_folder import (
     locate_adapter,
@@ -85,6 +85,11 @@ class Adapter:
             return str(self.manifest.base["name"])
         return self.config.get("base_model_name_or_path")
 
+    @property
+    def weights(self) -> str | None:
+        """The fingerprint of the weights it was trained over; None: no file says."""
+        return None if self.manifest is None else str(self.manifest.base["weights"])
+
 
 def read_adapter(name: str, key: str) -> Adapter:
     """Read a folder of this project's or of any PEFT program.
@@ -134,7 +139,8 @@ def _pairs(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> 
                 found[full] = (full, a.flatten(1), b.flatten(1), first == EMBEDDING_A)
     places = place_modules(name.removeprefix(PREFIX) for name in found)
     pairs = {}
-    for full, a, b, is_embedding in found.values():
+    # Files of weights have their names sorted, layer 10 before layer 2.
+    for full, a, b, is_embedding in sorted(found.values(), key=lambda entry: in_order(entry[0])):
         module = full.removeprefix(PREFIX)
         magnitude = tensors.get(f"{full}{MAGNITUDE}.weight", tensors.get(f"{full}{MAGNITUDE}"))
         pairs[module] = Pair(

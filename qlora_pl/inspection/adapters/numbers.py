@@ -18,6 +18,8 @@ EXPLODING = 10.0
 """Times the median norm of its kind."""
 ENOUGH = 3
 """Modules of a kind that have a median."""
+NAMED = 3
+"""Modules that a sentence about many of them names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +144,8 @@ def likeness(one: Adapter, other: Adapter) -> tuple[Likeness, list[str]]:
         squares = inner_product(first, first), inner_product(second, second)
         cosines[name] = _cosine(product, *squares)
         totals = [t + x for t, x in zip(totals, (product, *squares), strict=True)]
-    if one.base != other.base:
-        notes.append(
-            f"They are of bases of other names ('{one.base}' and '{other.base}'); over other "
-            "weights a cosine says nothing."
-        )
+    if (word := _other_bases(one, other)) is not None:
+        notes.append(word)
     found = Likeness(
         other=other.name,
         cosines=cosines,
@@ -156,6 +155,23 @@ def likeness(one: Adapter, other: Adapter) -> tuple[Likeness, list[str]]:
         has_magnitudes=any(p.magnitude is not None for a in (one, other) for p in a.pairs.values()),
     )
     return found, notes
+
+
+def _other_bases(one: Adapter, other: Adapter) -> str | None:
+    """A sentence if they are not known to be of the same weights; None: they are."""
+    if one.weights is not None and other.weights is not None:
+        if one.weights == other.weights:
+            return None
+        return (
+            "They were trained over other weights (their bases' fingerprints are "
+            f"{one.weights[:12]} and {other.weights[:12]}), so a cosine says nothing."
+        )
+    if one.base == other.base:
+        return None
+    return (
+        f"They are of bases of other names ('{one.base}' and '{other.base}'); over other "
+        "weights a cosine says nothing."
+    )
 
 
 def _cosine(product: float, first: float, second: float) -> float | None:
@@ -181,12 +197,17 @@ def findings(pairs: Sequence[PairNumbers]) -> list[str]:
     sound = [p for p in pairs if p.spectrum is not None]
     zero = [p for p in sound if p.norm_b == 0 or p.norm_a == 0]
     told = []
+    # Of a DoRA the lengths of rows may have been trained all the same.
+    but = ", but for its rows' lengths" if any(p.has_magnitude for p in zero) else ""
     if zero and len(zero) == len(sound):
-        return ["Every B is exactly zero: this adapter changes nothing, as before its first step."]
+        return [
+            f"Every B (or A) is exactly zero: this adapter changes nothing{but}, as before its "
+            "first step."
+        ]
     if zero:
         told.append(
-            f"{len(zero)} of {len(pairs)} modules have a B (or A) that is exactly zero, and change "
-            f"nothing: {_some(zero)}."
+            f"B (or A) is exactly zero in {len(zero)} of {len(pairs)} modules, which change "
+            f"nothing{but}: {_some(zero)}."
         )
     for kind in dict.fromkeys(p.place.kind for p in sound):
         alive = [p for p in sound if p.place.kind == kind and p not in zero]
@@ -199,12 +220,17 @@ def findings(pairs: Sequence[PairNumbers]) -> list[str]:
                 told.append(f"'{p.module}' is as good as dead: {ratio:.1e} of its kind's median.")
             if ratio > EXPLODING:
                 told.append(f"'{p.module}' is {ratio:,.0f} times its kind's median norm.")
-    told += [
-        f"'{p.module}' is changed by more than itself ({p.change.share:.0%} of its norm)."
-        for p in sound
-        if p.change is not None and p.change.share > 1
-    ]
-    return told
+    return told + _changed_by_more_than_themselves(sound)
+
+
+def _changed_by_more_than_themselves(pairs: Sequence[PairNumbers]) -> list[str]:
+    shares = {p.module: p.change.share for p in pairs if p.change is not None}
+    above = sorted((name for name in shares if shares[name] > 1), key=lambda name: -shares[name])
+    if not above:
+        return []
+    named = ", ".join(f"{name} ({100 * shares[name]:.0f} % of its norm)" for name in above[:NAMED])
+    more = f" and {len(above) - NAMED:,} more" if len(above) > NAMED else ""
+    return [f"Changed by more than the weight itself: {named}{more}."]
 
 
 def _norm(pair: PairNumbers) -> float:
@@ -212,6 +238,6 @@ def _norm(pair: PairNumbers) -> float:
     return pair.spectrum.norm
 
 
-def _some(pairs: Sequence[PairNumbers], most: int = 3) -> str:
-    named = ", ".join(p.module for p in pairs[:most])
-    return named + (f" and {len(pairs) - most} more" if len(pairs) > most else "")
+def _some(pairs: Sequence[PairNumbers]) -> str:
+    named = ", ".join(p.module for p in pairs[:NAMED])
+    return named + (f" and {len(pairs) - NAMED:,} more" if len(pairs) > NAMED else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 
 from qlora_pl.inspection.adapters.numbers import DEAD, EXPLODING, AdapterNumbers, PairNumbers
@@ -107,7 +108,9 @@ def _likeness(numbers: AdapterNumbers) -> str:
     def cosine(pair: PairNumbers) -> float | None:
         return likeness.cosines.get(pair.module)
 
-    picture = _map(numbers, cosine, lambda x: f"{x:+.3f}", "Cosine")
+    # Those that the other does not have stay blank.
+    shared = replace(numbers, pairs=[p for p in numbers.pairs if p.module in likeness.cosines])
+    picture = _map(shared, cosine, lambda x: f"{x:+.3f}", "Cosine")
     return f"<p>{escape(likeness_words(likeness))}</p>\n<h3>Cosine</h3>\n{picture}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tqdm.auto import tqdm
 
 from qlora_pl import __version__
@@ -48,10 +50,24 @@ def report(options: AdapterOptions) -> AdapterNumbers:
         are_biases_changes=beside is not None,
         others={name: float(tensor.double().norm()) for name, tensor in adapter.others.items()},
         likeness=alike,
-        notes=[*([without] if without else []), *_dora_notes(adapter, beside), *notes],
+        notes=[
+            *([without] if without else []),
+            *_base_notes(adapter, folder),
+            *_dora_notes(adapter, beside),
+            *notes,
+        ],
         findings=findings(pairs),
         damage=damage(pairs),
     )
+
+
+def _base_notes(adapter: Adapter, folder: Path | None) -> list[str]:
+    if folder is None or adapter.weights is not None:
+        return []
+    return [
+        f"No file says over which weights it was trained; shares are right if '{folder}' holds "
+        "those."
+    ]
 
 
 def _dora_notes(adapter: Adapter, beside: BaseBeside | None) -> list[str]:

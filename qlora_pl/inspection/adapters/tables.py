@@ -149,7 +149,7 @@ def likeness_words(likeness: Likeness) -> str:
         return f"No module of '{likeness.other}' can be compared."
     low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
     told = (
-        f"Against '{likeness.other}': the cosine of all changes together is "
+        f"Against '{likeness.other}': the cosine of all common modules together is "
         f"{_number(likeness.whole, '+.4f')}; of single modules from {known[low]:+.4f} ({low}) to "
         f"{known[high]:+.4f} ({high})."
     )

@@ -93,12 +93,12 @@ def inspect_model(words: Sequence[str]) -> int:
     refuse_other_contents(output, SUBJECT)
 
     # Imported here: a mistake in the flags is told at once.
-    from qlora_pl.inspection.weights.opening import in_words_of_flags
+    from qlora_pl.inspection.flag_words import in_words_of_flags
     from qlora_pl.inspection.weights.page import page
     from qlora_pl.inspection.weights.reporting import report
     from qlora_pl.inspection.weights.tables import summary
 
-    with in_words_of_flags():
+    with in_words_of_flags("--model" if options.adapter is None else "--base"):
         numbers = report(options, formats)
     text, plain = summary(numbers), numbers.to_plain()
     write_report(output, page(numbers), text, plain)
@@ -107,12 +107,8 @@ def inspect_model(words: Sequence[str]) -> int:
     return 0
 
 
-def parse(words: Sequence[str]) -> tuple[ModelOptions, list[Format]]:
-    """This command's flags.
-
-    Raises:
-        ConfigurationError: for a mistake in them.
-    """
+def model_flags() -> Flags:
+    """The command's flags."""
     parser = Flags("inspect model", DESCRIPTION)
     parser.add_settings(ModelOptions, "which base, and what is asked of it")
     compared = parser.add_argument_group("which ways are compared; the first is shown by layer")
@@ -132,6 +128,16 @@ def parse(words: Sequence[str]) -> tuple[ModelOptions, list[Format]]:
         choices=("true", "false", "both"),
         help="whether scales are quantised, too (default: both)",
     )
+    return parser
+
+
+def parse(words: Sequence[str]) -> tuple[ModelOptions, list[Format]]:
+    """What the words mean.
+
+    Raises:
+        ConfigurationError: for a mistake in them.
+    """
+    parser = model_flags()
     given = parser.parse(words)
     options = ModelOptions(**parser.settings(ModelOptions, given))
     double = {"true": [True], "false": [False], "both": [True, False]}[given.double_quant or "both"]

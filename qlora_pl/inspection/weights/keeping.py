@@ -97,20 +97,44 @@ def _output_share(matrix: MatrixNumbers, format: Format) -> float:
     return (error or 0.0) / (matrix.output_squared_sum or 1.0)
 
 
-def yaml_lines(format: Format, kept: Sequence[Kept], skipped: Sequence[str] = ()) -> str:
-    """The suggestion as lines of a run's file.
+def yaml_lines(
+    format: Format,
+    kept: Sequence[Kept],
+    matrices: Sequence[MatrixNumbers],
+    skipped: Sequence[str] = (),
+) -> str:
+    """The suggestion as lines of a run's file, which starts with them as they are.
 
     Args:
         format: How all others are kept.
         kept: What is suggested.
+        matrices: All of them; a run refuses those that the format does not fit until it skips them.
         skipped: What was not to be quantised anyway; the list replaces such a one.
     """
     settings: dict[str, Any] = format.settings()
     lines = ["model:", "  quantization:"]
     lines += [f"    {key}: {_as_yaml(value)}" for key, value in settings.items()]
     lines.append("    skip_modules:")
-    lines += [f"      - {name}" for name in [*skipped, *(k.module for k in kept)]]
+    names = [*skipped, *_unfit(format, matrices), *(k.module for k in kept)]
+    lines += [f"      - {name}" for name in names]
     return "\n".join(lines)
+
+
+def _unfit(format: Format, matrices: Sequence[MatrixNumbers]) -> list[str]:
+    """Modules whose rows hold no whole blocks, by the last part where all of that name are such."""
+    fits: dict[str, set[bool]] = {}
+    for m in matrices:
+        fits.setdefault(_last(m.module), set()).add(format.name in m.errors)
+    names = (
+        _last(m.module) if fits[_last(m.module)] == {False} else m.module
+        for m in matrices
+        if format.name not in m.errors
+    )
+    return list(dict.fromkeys(names))
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _as_yaml(value: Any) -> str:

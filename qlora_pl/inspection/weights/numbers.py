@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qlora_pl.inspection.weights.formats import Format, normal_error
-from qlora_pl.inspection.weights.keeping import Kept, KeptScore, Measure
+from qlora_pl.inspection.weights.keeping import KEPT_BITS, Kept, KeptScore, Measure
 from qlora_pl.inspection.weights.measuring import (
     MatrixNumbers,
     relative_output_rms,
@@ -87,17 +87,21 @@ class ModelNumbers:
         ]
 
     def packed_bytes(self, format: Format) -> float:
-        """Of the quantised matrices."""
-        return sum(m.num_weights * format.bits(m.shape[1]) / 8 for m in self.matrices)
+        """Of all matrices; one whose rows its blocks do not divide stays in 16 bits."""
+        return sum(
+            m.num_weights * (format.bits(m.shape[1]) if format.name in m.errors else KEPT_BITS) / 8
+            for m in self.matrices
+        )
 
     def bits(self, format: Format) -> float:
         """Of a weight, on average."""
         return 8 * self.packed_bytes(format) / sum(m.num_weights for m in self.matrices)
 
     def expected_rms(self, format: Format) -> float:
-        """Relative, if every block's weights were normal."""
-        total = sum(m.squared_sum for m in self.matrices)
-        squares = (m.squared_sum * normal_error(format, m.shape[1]) ** 2 for m in self.matrices)
+        """Relative, if every block's weights were normal; of the matrices that it fits."""
+        fit = [m for m in self.matrices if format.name in m.errors]
+        total = sum(m.squared_sum for m in fit)
+        squares = (m.squared_sum * normal_error(format, m.shape[1]) ** 2 for m in fit)
         return float((sum(squares) / total) ** 0.5) if total else 0.0
 
     def largest(self, format: Format) -> float:

@@ -7,9 +7,6 @@ host's. What is damaged, or quantised already, is refused before anything long i
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,26 +67,6 @@ class OpenBase:
         """Of a module's matrix."""
         owner = self.model.get_submodule(module)
         return int(owner.weight.shape[0 if is_conv1d(owner) else 1])
-
-
-@contextmanager
-def in_words_of_flags() -> Iterator[None]:
-    """Within the block, mistakes are told by this command's flags and not by a run's keys."""
-    words = {
-        "model.model_name_or_path:": "--model:",
-        "model.quantization.skip_modules": "--skip-modules",
-        "model.revision": "--revision",
-        "model.quantization:": "--model:",
-    }
-    try:
-        yield
-    except ConfigurationError as error:
-        told = []
-        for problem in error.problems:
-            for key, flag in words.items():
-                problem = problem.replace(key, flag)
-            told.append(re.sub(r"--skip-modules: \[(\w+)\]", r"--skip-modules \1", problem))
-        raise ConfigurationError(told) from error
 
 
 def open_folder(
@@ -170,7 +147,8 @@ def refuse_damaged(model: nn.Module, name: str) -> None:
             damaged.append(f"{tensor} ({wrong:,} of {parameter.numel():,})")
     if damaged:
         more = f" and {len(damaged) - NAMED:,} more" if len(damaged) > NAMED else ""
+        tensors = "1 tensor" if len(damaged) == 1 else f"{len(damaged):,} tensors"
         raise ConfigurationError(
-            f"--model: '{name}' holds values that are NaN or infinite in {len(damaged):,} tensors: "
+            f"--model: '{name}' holds values that are NaN or infinite in {tensors}: "
             f"{', '.join(damaged[:NAMED])}{more}; such a base trains nothing, fetch it again."
         )

@@ -22,6 +22,7 @@ from qlora_pl.inspection.weights.numbers import (
 )
 from qlora_pl.inspection.weights.tables import (
     RANKED_BY,
+    every_format_table,
     formats_table,
     kept_table,
     kinds_table,
@@ -116,9 +117,9 @@ def _kept(numbers: ModelNumbers) -> str:
         else f"<p>{escape(no_yaml(numbers))}</p>"
     )
     return (
-        f"<p>Modules that are best kept in 16 bits while the rest is {escape(numbers.main.name)}, "
-        f"ranked by {escape(RANKED_BY[numbers.measure])}, for a byte. Each row keeps all above it "
-        f"as well.</p>\n{kept_table(numbers).html()}\n{lines}"
+        f"<p>Modules that are best kept in 16 bits while the rest is {escape(numbers.main.name)}: "
+        f"first what removes most for a byte of {escape(RANKED_BY[numbers.measure])}. Each row "
+        f"keeps all above it as well.</p>\n{kept_table(numbers).html()}\n{lines}"
     )
 
 
@@ -133,8 +134,8 @@ def _logits(numbers: ModelNumbers) -> str:
     kinds = {name: max(s.kl_divergence, 0.0) for name, s in numbers.logits.by_kind.items()}
     return "\n".join(
         [
-            f"<p>KL to the unquantised base when only one part of it is {escape(numbers.main.name)}"
-            f". {escape(worst_layers(numbers))}</p>",
+            "<p>KL to the unquantised base, nats a token, when only one part of it is "
+            f"{escape(numbers.main.name)}. {escape(worst_layers(numbers))}</p>",
             "<h3>One layer</h3>",
             columns(layers, words, "KL by layer"),
             "<h3>One kind of module, in all layers</h3>",
@@ -144,7 +145,10 @@ def _logits(numbers: ModelNumbers) -> str:
 
 
 def _errors(numbers: ModelNumbers) -> str:
-    parts = [f"<p>All of {escape(numbers.main.name)}.</p>", "<h3>Error of weights</h3>"]
+    parts = [
+        f"<p>All of {escape(numbers.main.name)}, but for the last table.</p>",
+        "<h3>Error of weights</h3>",
+    ]
     parts.append(
         _map(numbers, lambda some: relative_rms(some, numbers.main), percent, "Error of weights")
     )
@@ -163,6 +167,11 @@ def _errors(numbers: ModelNumbers) -> str:
         kinds_table(numbers).html(),
         "<details><summary>By layer</summary>",
         layers_table(numbers).html(),
+        "</details>",
+        "<h3>Error of weights in every format</h3>",
+        every_format_table(numbers, "kind").html(),
+        "<details><summary>By layer</summary>",
+        every_format_table(numbers, "layer").html(),
         "</details>",
     ]
     return "\n".join(parts)

@@ -17,7 +17,7 @@ import torch
 
 from qlora_pl import __version__
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.inference.loading import load
+from qlora_pl.inference.loading import load, refuse_other_base
 from qlora_pl.inference.source import ModelChoice, ModelSource, resolve_source
 from qlora_pl.inspection.weights.asking import Questioner
 from qlora_pl.inspection.weights.command import ModelOptions, as_first
@@ -29,6 +29,7 @@ from qlora_pl.inspection.weights.opening import OpenBase, open_folder
 from qlora_pl.merging.scored_rows import ScoredRow, held_out_rows, rows_of_file
 from qlora_pl.merging.scoring import estimate_seconds, in_words
 from qlora_pl.modeling.base.encoder_decoder import is_encoder_decoder
+from qlora_pl.modeling.base.identity import identify_base
 from qlora_pl.modeling.base.quantization import QuantizationConfig
 from qlora_pl.modeling.loading.host_memory import large_blocks_apart
 
@@ -72,12 +73,17 @@ def report(options: ModelOptions, formats: Sequence[Format]) -> ModelNumbers:
         logits=logits,
         measure=how,
         kept=kept,
-        yaml=_yaml(formats[0], kept, base.skipped),
+        yaml=_yaml(formats[0], kept, matrices, base.skipped),
     )
 
 
-def _yaml(format: Format, kept: Sequence[Kept], skipped: Sequence[str]) -> str:
-    return yaml_lines(format, kept, skipped) if kept and format.is_trainable else ""
+def _yaml(
+    format: Format,
+    kept: Sequence[Kept],
+    matrices: Sequence[MatrixNumbers],
+    skipped: Sequence[str],
+) -> str:
+    return yaml_lines(format, kept, matrices, skipped) if kept and format.is_trainable else ""
 
 
 def _kept_weights(base: OpenBase) -> int:
@@ -111,6 +117,8 @@ def _open(
         name, revision = source.base, source.revision
         skipped = tuple(dict.fromkeys([*skipped, *source.quantization.skip_modules]))
     assert name is not None
+    if source is not None:
+        refuse_other_base(source, identify_base(name, revision, options.cache_dir))
     base = open_folder(name, revision, skipped, options.cache_dir, options.trust_remote_code)
     if source is None:
         return base, [], formats

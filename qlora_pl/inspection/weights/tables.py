@@ -21,10 +21,11 @@ from qlora_pl.merging.scoring import Score
 
 LAYERS_NAMED = 3
 RANKED_BY = {
-    "kl": "KL of the logits, of which each module's part is estimated from its layer's and kind's",
-    "outputs": "the relative squared error of each module's outputs",
-    "weights": "the squared error of weights; --data tells which of them matter",
+    "kl": "the KL of the logits (a module's part is estimated from its layer's and its kind's)",
+    "outputs": "the relative squared error of outputs",
+    "weights": "the squared error of weights (--data tells which of them matter)",
 }
+"""Of which each suggestion removes most for a byte."""
 
 
 def percent(share: float | None, digits: int = 2) -> str:
@@ -33,7 +34,9 @@ def percent(share: float | None, digits: int = 2) -> str:
 
 
 def megabytes(number: float) -> str:
-    """Bytes as text, in MB of a million."""
+    """Bytes as text, in MB of a million; few of them in kB."""
+    if number < 1e5:
+        return f"{number / 1e3:,.1f} kB"
     return f"{number / 1e6:,.1f} MB" if number < 1e8 else f"{number / 1e6:,.0f} MB"
 
 
@@ -70,7 +73,7 @@ def formats_table(numbers: ModelNumbers) -> Cells:
         "#if normal",
         "#largest",
         "#of outputs",
-        "#KL",
+        "#KL, nats",
         "#perplexity",
         "#same token",
     )
@@ -84,7 +87,7 @@ def kinds_table(numbers: ModelNumbers) -> Cells:
         [kind, *_group(numbers, numbers.where(kind=kind)), nats(asked.get(kind))]
         for kind in numbers.kinds
     ]
-    return Cells(("kind", *_GROUP_HEAD, "#KL if only it"), rows).without_empty()
+    return Cells(("kind", *_GROUP_HEAD, "#KL if only it, nats"), rows).without_empty()
 
 
 def layers_table(numbers: ModelNumbers) -> Cells:
@@ -94,7 +97,7 @@ def layers_table(numbers: ModelNumbers) -> Cells:
         [layer or "none", *_group(numbers, numbers.where(layer=layer)), nats(asked.get(layer))]
         for layer in numbers.layers
     ]
-    return Cells(("layer", *_GROUP_HEAD, "#KL if only it"), rows).without_empty()
+    return Cells(("layer", *_GROUP_HEAD, "#KL if only it, nats"), rows).without_empty()
 
 
 _GROUP_HEAD = (
@@ -120,6 +123,22 @@ def _group(numbers: ModelNumbers, matrices: Sequence[MatrixNumbers]) -> list[str
     ]
 
 
+def every_format_table(numbers: ModelNumbers, by: str) -> Cells:
+    """Error of weights in every format: a row for each kind of module, or for each layer.
+
+    Args:
+        numbers: Of the base.
+        by: ``kind`` or ``layer``.
+    """
+    names = numbers.kinds if by == "kind" else numbers.layers
+    rows = []
+    for name in names:
+        some = [m for m in numbers.matrices if getattr(m.place, by) == name]
+        errors = (percent(relative_rms(some, format)) for format in numbers.formats)
+        rows.append([name or "none", *errors])
+    return Cells((by, *(f"#{format.name}" for format in numbers.formats)), rows)
+
+
 def kept_table(numbers: ModelNumbers) -> Cells:
     """The suggestions, one more in each row, and what was measured with so many."""
     measured = {}
@@ -137,12 +156,17 @@ def kept_table(numbers: ModelNumbers) -> Cells:
                 f"+{megabytes(size)}",
                 f"-{percent(share, 1)}",
                 f"{score.kl_divergence:.4f}" if score else "",
-                f"-{percent(_removed(numbers, score), 1)}" if score else "",
+                _signed(-_removed(numbers, score)) if score else "",
             ]
         )
-    estimated = "#estimated" if numbers.measure == "kl" else "#error"
-    head = ("#k", "kept in 16 bits besides", "#size", estimated, "#KL", "#measured")
+    estimated = "#of KL, estimated" if numbers.measure == "kl" else "#of error"
+    head = ("#k", "kept in 16 bits besides", "#size", estimated, "#KL, nats", "#of KL, measured")
     return Cells(head, rows).without_empty()
+
+
+def _signed(change: float) -> str:
+    # What is kept may make the rest worse, where errors had cancelled each other.
+    return f"{change:+.1%}".replace("%", " %")
 
 
 def _removed(numbers: ModelNumbers, score: Score) -> float:
@@ -161,8 +185,8 @@ def summary(numbers: ModelNumbers) -> str:
         parts.append(worst)
     if numbers.kept:
         parts += [
-            f"Kept in 16 bits beside {numbers.main.name}, ranked by {RANKED_BY[numbers.measure]}, "
-            "for a byte:",
+            f"Kept in 16 bits beside {numbers.main.name}, first what removes most for a byte of "
+            f"{RANKED_BY[numbers.measure]}:",
             kept_table(numbers).markdown(),
         ]
         parts.append(f"```yaml\n{numbers.yaml}\n```" if numbers.yaml else no_yaml(numbers))
@@ -191,7 +215,7 @@ def left_out(numbers: ModelNumbers) -> list[str]:
     """Formats that some matrices cannot have, a sentence each."""
     return [
         f"{name}: {why}, so a block would span two rows, which training refuses; such matrices "
-        "are left out of its numbers."
+        "stay in 16 bits, in its size too, and are left out of its errors."
         for name, why in numbers.unfit.items()
     ]
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-from qlora_pl.planning.advice.levers import Level, Lever, RunKeys, levers_of
+from qlora_pl.planning.advice.levels import Level, Lever
+from qlora_pl.planning.advice.levers import levers_of
 from qlora_pl.planning.advice.verdict import Verdict, judge
 from qlora_pl.planning.memory.memory_plan import MemoryPlan, plan_memory
 from qlora_pl.planning.memory.training_setting import TrainingSetting
+from qlora_pl.planning.runs.run_keys import RunKeys
 from qlora_pl.planning.shapes.model_shape import ModelShape
 from qlora_pl.planning.work.cards import Card
 
@@ -36,6 +38,8 @@ class Remedy:
     verdict: Verdict
     slowdown: float | None
     """Time over that of the run as it is, for the same rows; None: not known."""
+    is_enough: bool
+    """Whether it fits; where the run itself fits with paging, whether it fits without."""
 
     @property
     def words(self) -> str:
@@ -94,36 +98,39 @@ def advise(
     keys: RunKeys,
     slowdown: Slowdown = lambda _: None,
 ) -> Advice:
-    """Try every kind of change alone, then several together if no single one is enough.
+    """Try every kind of change alone, then several together if none is enough on as many devices.
 
     Args:
         shape: The model.
-        setting: The run that does not fit.
+        setting: The run that does not fit, or only with paging.
         card: What it is to fit on.
         keys: What its training file says.
         slowdown: Time for the same rows of another setting, over that of the run as it is.
     """
     levers = levers_of(shape, setting, keys)
+    pages_already = judge(plan_memory(shape, setting), card).fits
 
     def attempt(levels: Sequence[Level]) -> Remedy:
         changed = applied(setting, levels)
         plan = plan_memory(shape, changed)
+        verdict = judge(plan, card)
         return Remedy(
             levels=tuple(levels),
             setting=changed,
             plan=plan,
-            verdict=judge(plan, card),
+            verdict=verdict,
             slowdown=slowdown(changed),
+            is_enough=verdict.kind == "fits" if pages_already else verdict.fits,
         )
 
-    single = [_mildest(lever, attempt) for lever in levers]
-    if found := [remedy for remedy in single if remedy is not None]:
-        return Advice(remedies=tuple(sorted(found, key=lambda remedy: remedy.order)))
+    found = [remedy for lever in levers if (remedy := _mildest(lever, attempt)) is not None]
     on_one = [lever for lever in levers if not lever.adds_devices]
-    together = list(_together(on_one, attempt))
-    if not together and on_one:
+    if all(remedy.setting.num_devices > setting.num_devices for remedy in found):
+        together = sorted(_together(on_one, attempt), key=lambda remedy: remedy.order)
+        found += together[:MOST_COMBINATIONS]
+    if not found and on_one:
         return Advice(remedies=(), least=attempt([lever.levels[-1] for lever in on_one]))
-    return Advice(remedies=tuple(sorted(together, key=lambda r: r.order)[:MOST_COMBINATIONS]))
+    return Advice(remedies=tuple(sorted(found, key=lambda remedy: remedy.order)))
 
 
 def applied(setting: TrainingSetting, levels: Iterable[Level]) -> TrainingSetting:
@@ -136,7 +143,7 @@ def applied(setting: TrainingSetting, levels: Iterable[Level]) -> TrainingSettin
 def _mildest(lever: Lever, attempt: Callable[[Sequence[Level]], Remedy]) -> Remedy | None:
     """The first step of one kind that fits."""
     for level in lever.levels:
-        if (remedy := attempt([level])).verdict.fits:
+        if (remedy := attempt([level])).is_enough:
             return remedy
     return None
 
@@ -149,7 +156,7 @@ def _together(
         found = False
         for chosen in combinations(levers, number):
             strongest = [lever.levels[-1] for lever in chosen]
-            if not attempt(strongest).verdict.fits:
+            if not attempt(strongest).is_enough:
                 continue
             found = True
             yield attempt(_eased(chosen, strongest, attempt))
@@ -165,7 +172,7 @@ def _eased(
     for place in dearest:
         for level in levers[place].levels:
             milder = [*levels[:place], level, *levels[place + 1 :]]
-            if attempt(milder).verdict.fits:
+            if attempt(milder).is_enough:
                 levels = milder
                 break
     return levels

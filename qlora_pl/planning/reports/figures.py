@@ -13,6 +13,7 @@ from pathlib import Path
 from qlora_pl.planning.advice.published import CLAIM, FIGURES
 from qlora_pl.planning.memory.memory_plan import COMPONENTS, MemoryPlan, plan_memory
 from qlora_pl.planning.memory.training_setting import TrainingSetting
+from qlora_pl.planning.reports.alternatives import as_full_fine_tuning, as_lora
 from qlora_pl.planning.reports.pictures import Bar, Curve, Panel, draw_curves, draw_panels
 from qlora_pl.planning.shapes.known_shapes import known_shape
 from qlora_pl.planning.shapes.model_shape import shape_from_config
@@ -22,10 +23,11 @@ SIZES = {"7B": "llama-7b", "13B": "llama-13b", "33B": "llama-33b", "65B": "llama
 LINES = {"24 GB": 24 * GB, "48 GB": 48 * GB}
 QLORA = TrainingSetting(adapter_dtype="bfloat16", tokens_per_row=512, has_mask=False)
 """The paper's setting: batch 1, length 512, r 64 on all linear modules, gradient checkpointing."""
-LORA = replace(QLORA, quant_type="none", double_quant=False)
-FULL = replace(LORA, method="none", optimizer="adamw_32bit")
-"""Full fine-tuning in 16 bits with 32-bit AdamW: 12 bytes a weight, as the paper counts."""
-METHODS = {"QLoRA": QLORA, "16-bit LoRA": LORA, "full fine-tuning": FULL}
+METHODS = {
+    "QLoRA": QLORA,
+    "16-bit LoRA": as_lora(QLORA),
+    "full fine-tuning": as_full_fine_tuning(QLORA),
+}
 GROUPS = {
     "packed weights": "4-bit weights",
     "constants of the quantisation": "4-bit weights",
@@ -85,7 +87,7 @@ def draw_figure6(file: Path) -> str:
     together = Panel(
         title="the same, with 16-bit LoRA and full fine-tuning in 16 bits",
         groups={f"LLaMA {size}": its for size, its in bars.items()},
-        lines=LINES,
+        lines={},
         shows_components=False,
     )
     draw_panels(file, [alone, together], "What training takes of a GPU's memory", "--figure6")

@@ -35,6 +35,10 @@ FEW = ("#3b6ea5", "#9dbfdf", "#e08a3c", "#6aa56a", "#8d76b8", "#b5b5b5")
 """Where components are drawn in a few groups."""
 GB = 1e9
 DPI = 110
+MARK_HEIGHT = 0.014
+"""Half of a mark's, as a share of the highest bar."""
+LEGEND_COLUMNS = 4
+"""Of the names below a panel of bars, where no bar and no line can be beneath them."""
 LINE = "#b03030"
 PLATE: dict[str, Any] = {"bbox": {"boxstyle": "square,pad=0.12", "fc": "white", "ec": "none"}}
 """A number stays readable where a line crosses it."""
@@ -122,7 +126,7 @@ def draw_panels(file: Path, panels: Sequence[Panel], title: str, flag: str = "--
     """
     pyplot = _pyplot(flag)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(2.0 + 5.4 * len(panels), 5.2), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(2.0 + 5.8 * len(panels), 5.4), squeeze=False, layout="constrained"
     )
     names = list(dict.fromkeys(n for p in panels for b in _bars(p) for n in b.components))
     palette = FEW if len(names) <= len(FEW) else COLOURS
@@ -142,6 +146,7 @@ def _draw_panel(axis: Any, panel: Panel, colours: Mapping[str, str]) -> None:
     widest = max(len(bars) for bars in panel.groups.values())
     width = 0.8 / widest
     labels: dict[str, Any] = {}
+    names = list(panel.groups)
     for place, bars in enumerate(panel.groups.values()):
         for number, bar in enumerate(bars):
             x = place + (number - (len(bars) - 1) / 2) * width
@@ -155,10 +160,9 @@ def _draw_panel(axis: Any, panel: Panel, colours: Mapping[str, str]) -> None:
                 labels.setdefault(name, drawn)
                 bottom += size / GB
             shown = f"{bar.total / GB:,.1f}" if bar.total < 100 * GB else f"{bar.total / GB:,.0f}"
-            axis.text(
-                x, bottom + most * 0.012, shown, ha="center", va="bottom", fontsize=8.5, **PLATE
-            )
-    for place, name in enumerate(panel.groups):
+            top = max(bottom, panel.marks.get(names[place], 0) / GB + most * MARK_HEIGHT)
+            axis.text(x, top + most * 0.012, shown, ha="center", va="bottom", fontsize=8.5, **PLATE)
+    for place, name in enumerate(names):
         if name in panel.marks:
             (mark,) = axis.plot(
                 place, panel.marks[name] / GB, "D", ms=6, color="#202020", mfc="white", zorder=4
@@ -183,15 +187,15 @@ def _draw_panel(axis: Any, panel: Panel, colours: Mapping[str, str]) -> None:
     axis.set_ylabel("GB")
     axis.set_title(panel.title, fontsize=10.5)
     axis.spines[["top", "right"]].set_visible(False)
-    handles = list(reversed(list(labels.items()))) if panel.shows_components else [*labels.items()]
+    handles = list(labels.items())
     axis.legend(
         [handle for _, handle in handles],
         [name for name, _ in handles],
         fontsize=8,
-        facecolor="white",
-        edgecolor="none",
-        framealpha=1,
-        loc="upper left",
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.07),
+        ncols=LEGEND_COLUMNS,
     )
 
 
@@ -225,7 +229,8 @@ def draw_plan(file: Path, title: str, bar: Bar, lines: Mapping[str, float]) -> N
             label=f"{name}: {_size(size)}",
         )
         left += size / GB
-    axis.text(left, 0.34, f"{bar.total / GB:,.1f} GB ", ha="right", va="bottom", fontsize=9.5)
+    total = f"{bar.total / GB:,.1f} GB"
+    axis.text(left, 0.34, total, ha="right", va="bottom", fontsize=9.5, zorder=4, **PLATE)
     for name, memory in lines.items():
         axis.axvline(memory / GB, color=LINE, lw=1.2, ls="--")
         axis.text(memory / GB, -0.34, f" {name} ", ha="right", va="top", fontsize=9, color=LINE)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.planning.advice.levers import RunKeys
 from qlora_pl.planning.memory.training_setting import Attention, Dtype, QuantType, TrainingSetting
+from qlora_pl.planning.runs.run_keys import RunKeys
 
 OptimizerName = Literal[
     "paged_adamw_32bit",
@@ -20,6 +20,15 @@ OptimizerName = Literal[
     "sgd",
     "adamw_torch",
 ]
+MOST = {
+    "r": 2**16,
+    "batch_size": 2**20,
+    "length": 2**24,
+    "target_length": 2**24,
+    "global_batch_size": 2**30,
+    "rows": 2**40,
+}
+"""Beyond these a number is a slip of the keyboard."""
 StrategyName = Literal["auto", "ddp", "fsdp2", "fsdp2_offload"]
 
 
@@ -66,9 +75,9 @@ class AssumedRun:
 
     def __post_init__(self) -> None:
         problems = [
-            f"--{name.replace('_', '-')}: must be at least 1, got {value}."
-            for name in ("r", "batch_size", "length", "target_length", "global_batch_size", "rows")
-            if (value := getattr(self, name)) is not None and value < 1
+            f"--{name.replace('_', '-')}: must lie in 1 to {most:,}, got {value:,}."
+            for name, most in MOST.items()
+            if (value := getattr(self, name)) is not None and not 1 <= value <= most
         ]
         if not 0 <= self.dropout < 1:
             problems.append(f"--dropout: must lie in 0 to 1, without 1, got {self.dropout}.")

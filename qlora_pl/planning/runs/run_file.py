@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_pl.cli import read_runs
-from qlora_pl.data.batches.global_batch import accumulation_of
+from qlora_pl.data.batches.global_batch import AUTO, SHARE, accumulation_of
 from qlora_pl.errors import ConfigurationError
-from qlora_pl.planning.advice.levers import RunKeys
+from qlora_pl.planning.advice.automatic import choices
 from qlora_pl.planning.memory.training_setting import TrainingSetting
-from qlora_pl.planning.runs.planned_run import PlannedRun, steps_of
+from qlora_pl.planning.runs.planned_run import AutoCut, PlannedRun, beyond_positions, steps_of
+from qlora_pl.planning.runs.run_keys import RunKeys
 from qlora_pl.planning.runs.run_rows import RowFacts, UnreadRowsError, read_rows
 from qlora_pl.planning.runs.settings import setting_of
 from qlora_pl.planning.shapes.known_shapes import known_names, known_shape, short_name
@@ -41,6 +42,9 @@ def planned_file(words: list[str], num_devices: int | None, reads_all: bool) -> 
     rows, note = _rows_of(run, reads_all)
     if rows is not None:
         setting = with_rows(setting, rows)
+    auto = _auto_of(run, setting, rows, accumulation)
+    if auto is not None:
+        setting = auto.applied(setting, auto.choices[-1])
     micro_batches = _micro_batches_of_epoch(run, rows, devices_in_all)
     steps = steps_of(run, micro_batches, accumulation)
     name = str(run.model.model_name_or_path)
@@ -55,7 +59,8 @@ def planned_file(words: list[str], num_devices: int | None, reads_all: bool) -> 
         num_micro_batches=None if steps is None else steps * accumulation,
         num_steps=steps,
         rows=rows,
-        notes=(note,),
+        auto=auto,
+        notes=(note, *beyond_positions(shape, setting.tokens_per_row)),
         is_downloaded=Path(name).expanduser().is_dir(),
         keeps_packed_copy=bool(run.model.quantization.cache),
         num_checkpoints=num_kept_checkpoints(run, steps),
@@ -116,9 +121,30 @@ def _accumulation(run: Any, num_devices: int) -> int:
         ConfigurationError: if the rows of a step cannot be shared out.
     """
     if run.data.global_batch_size is None:
-        return int(run.trainer.accumulate_grad_batches or 1)
+        return SHARE if run.data.batch_size == AUTO else run.trainer.accumulate_grad_batches or 1
     size = None if run.data.tokens_per_batch else run.data.batch_size
+    if size == AUTO:  # of single rows, which are the least
+        size = 1
     return accumulation_of(run.data.global_batch_size, size, num_devices)
+
+
+def _auto_of(
+    run: Any, setting: TrainingSetting, rows: RowFacts | None, accumulation: int
+) -> AutoCut | None:
+    """What is left to the run itself; None: nothing."""
+    asked = run.data.batch_size, run.model.gradient_checkpointing
+    if AUTO not in asked:
+        return None
+    width, size = setting.tokens_per_row, setting.batch_size
+    found = choices(*asked, accumulation, size, width, can_recompute=True)
+    if asked[0] != AUTO:
+        return AutoCut(choices=tuple(found), rows_of_step=None)
+    is_counted = rows is not None and not setting.is_packed
+    return AutoCut(
+        choices=tuple(found),
+        rows_of_step=accumulation,
+        most_trained=rows.most_trained if rows is not None and is_counted else None,
+    )
 
 
 def _rows_of(run: Any, reads_all: bool) -> tuple[RowFacts | None, str]:
@@ -160,13 +186,16 @@ def with_rows(setting: TrainingSetting, rows: RowFacts) -> TrainingSetting:
 def _micro_batches_of_epoch(run: Any, rows: RowFacts | None, num_devices: int) -> int | None:
     """On one device; None: the rows were not counted."""
     if rows is not None:
-        return math.ceil(rows.num_micro_batches / num_devices)
+        is_auto = run.data.batch_size == AUTO  # counted in single rows
+        number = rows.num_rows if is_auto else rows.num_micro_batches
+        return math.ceil(number / num_devices)
     limits = [source.limit or source.sample for source in run.data.sources.sources]
     if run.data.max_train_samples is not None:
         limits = [run.data.max_train_samples]
     if not all(limits) or run.data.tokens_per_batch or run.data.packing:
         return None
-    return math.ceil(sum(limits) / (run.data.batch_size * num_devices))
+    size = 1 if run.data.batch_size == AUTO else run.data.batch_size
+    return math.ceil(sum(limits) / (size * num_devices))
 
 
 def _keys(run: Any, accumulation: int, rows: RowFacts | None) -> RunKeys:
@@ -179,6 +208,9 @@ def _keys(run: Any, accumulation: int, rows: RowFacts | None) -> RunKeys:
         accumulation=accumulation,
         sets_accumulation=data.global_batch_size is not None
         and run.trainer.accumulate_grad_batches is not None,
+        weighs_micro_batches=run.model.normalize_loss_by == "micro_batches",
         tokens_per_batch=data.tokens_per_batch,
-        share_longer=None if rows is None else rows.share_beyond,
+        overlong=data.overlong,
+        max_lost_ratio=data.max_lost_ratio,
+        share_lost=None if rows is None else rows.share_lost,
     )

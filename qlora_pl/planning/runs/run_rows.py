@@ -49,11 +49,30 @@ class RowFacts:
     """Of an epoch, on one device."""
     lengths: np.ndarray = field(repr=False)
     """``(num_rows,)`` tokens of each row."""
+    trained_lengths: np.ndarray = field(repr=False)
+    """``(num_rows,)`` tokens of each that are trained."""
+    overlong: str = "cut"
+    """``data.overlong``: what would become of a row that is longer than it may be."""
 
-    def share_beyond(self, length: int) -> float:
-        """Share of the tokens that rows have beyond a length."""
-        beyond = np.maximum(self.lengths - length, 0).sum()
-        return float(beyond / max(1, self.lengths.sum()))
+    def most_trained(self, num_rows: int) -> int:
+        """Trained tokens of that many rows, at most."""
+        return int(np.sort(self.trained_lengths)[-num_rows:].sum())
+
+    def share_lost(self, length: int) -> float:
+        """Share of the trained tokens that a limit of so many would take, at most.
+
+        As if what is trained stood at the end of each row, which is where it is cut.
+        """
+        beyond = np.maximum(self.lengths - length, 0)
+        if self.overlong == "split":
+            return 0.0
+        if self.overlong == "drop":
+            lost = np.where(beyond > 0, self.trained_lengths, 0)
+        elif self.overlong == "cut_prompt":
+            lost = np.maximum(self.trained_lengths - length, 0)
+        else:
+            lost = np.minimum(beyond, self.trained_lengths)
+        return float(lost.sum() / max(1, self.trained_lengths.sum()))
 
 
 class UnreadRowsError(Exception):
@@ -105,6 +124,8 @@ def read_rows(run: Any, reads_all: bool = False) -> RowFacts:
         mean_pairs=float((rows.lengths.astype(np.float64) ** 2).mean()),
         num_micro_batches=len(batches),
         lengths=rows.lengths.astype(np.int64),
+        trained_lengths=rows.num_trained.astype(np.int64),
+        overlong=run.data.overlong,
     )
 
 

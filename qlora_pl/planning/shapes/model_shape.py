@@ -159,6 +159,7 @@ def completed(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
                 f"config.json: has no '{_named(name, family)}', without which the sizes of a "
                 f"{fields['model_type']} model are not known."
             )
+    has_head_size = complete.get("head_dim") is not None
     for name, default in family.defaults.items():
         if complete.get(name) is None:
             complete[name] = _derived(default, complete)
@@ -176,6 +177,12 @@ def completed(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
             f"config.json: {complete['num_attention_heads']} attention heads cannot share "
             f"{complete['num_key_value_heads']} key and value heads evenly."
         )
+    is_derived = not has_head_size and " / " in str(family.defaults.get("head_dim"))
+    if is_derived and complete["hidden_size"] % complete["num_attention_heads"]:
+        raise ConfigurationError(
+            f"config.json: '{_named('hidden_size', family)}' {complete['hidden_size']} cannot be "
+            f"cut into {complete['num_attention_heads']} heads evenly."
+        )
     return complete
 
 
@@ -191,8 +198,9 @@ def _derived(default: Any, fields: Mapping[str, Any]) -> Any:
         factor, name = default.split(" x ")
         return int(factor) * fields[name]
     if " / " in default:
-        name, divisor = default.split(" / ")
-        return fields[name] // max(1, fields[divisor])
+        whole, parts = (fields[name] for name in default.split(" / "))
+        is_whole = isinstance(whole, int) and isinstance(parts, int) and parts > 0
+        return whole // parts if is_whole else 1  # what is impossible is refused by its own name
     return fields.get(default, default)
 
 

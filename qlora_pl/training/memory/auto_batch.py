@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from qlora_pl.data.batches.global_batch import accumulation_of, chosen_accumulation
-from qlora_pl.data.batches.largest_batch import (
+from qlora_pl.data.batches.global_batch import (
     AUTO,
     SHARE,
-    largest_width,
-    possible_sizes,
-    take_size,
+    accumulation_of,
+    chosen_accumulation,
 )
+from qlora_pl.data.batches.largest_batch import largest_width, take_size
 from qlora_pl.errors import ConfigurationError, HardwareError
 from qlora_pl.modeling.loading.base_loading import prepare_for_training
+from qlora_pl.planning.advice.automatic import USABLE, Choice, choices, in_words
 from qlora_pl.training.memory.batch_trial import Trial, try_batch
 from qlora_pl.training.memory.device_memory import GIB, DeviceMemory, device_memory
 from qlora_pl.training.memory.planned_memory import RunPlanner
@@ -32,22 +32,9 @@ from qlora_pl.training.trainer_settings import contradiction
 
 logger = logging.getLogger(__name__)
 
-USABLE = 0.92
-"""Share of the memory that a plan may fill, as where it chooses a strategy."""
-WORTHWHILE_TOKENS = 512
-"""Of a micro-batch from which on none is recomputed for the sake of a larger one. Recomputing makes
-three passes over the base out of two, and a pass costs its tokens and, for decoding the weights, as
-much as some 215 tokens more: 2 x (430 + 215) are 3 x 430."""
 KEY = "AutoBatch"
 SAME_MEMORY = 0.01
 """Difference of two devices' memory, as a share, up to which they count as alike."""
-
-
-class Choice(NamedTuple):
-    """How a step is cut on each device."""
-
-    batch_size: int
-    recomputes: bool
 
 
 class AutoBatch(Callback):
@@ -251,34 +238,6 @@ class AutoBatch(Callback):
         choice = self.choices[self.number]._asdict()
         capacity, world_size = self.memory.capacity, self._trainer.world_size
         return choice | {"memory_bytes": capacity, "world_size": world_size}
-
-
-def choices(
-    batch_size: Any, checkpointing: Any, share: int, size: int, width: int, can_recompute: bool
-) -> list[Choice]:
-    """What auto may come to, in the order in which it is wanted: fast before small.
-
-    Args:
-        batch_size: As asked for; ``auto``: every divisor of ``share``, largest first.
-        checkpointing: As asked for; ``auto``: off before on.
-        share: Rows of a step on a device.
-        size: The rows of a micro-batch where they are not auto.
-        width: Tokens of the longest row.
-        can_recompute: Whether the family can.
-    """
-    sizes = possible_sizes(share) if batch_size == AUTO else [size]
-    if checkpointing != AUTO:
-        return [Choice(size, bool(checkpointing)) for size in sizes]
-    if not can_recompute:
-        return [Choice(size, False) for size in sizes]
-    large = [size for size in sizes if size == sizes[0] or size * width >= WORTHWHILE_TOKENS]
-    return [Choice(size, False) for size in large] + [Choice(size, True) for size in sizes]
-
-
-def in_words(choice: Choice) -> str:
-    """A choice within a sentence."""
-    rows = f"{choice.batch_size} row{'s' * (choice.batch_size != 1)}"
-    return f"{rows} {'with' if choice.recomputes else 'without'} recomputing"
 
 
 def recorded(checkpoint: Path | None, memory: DeviceMemory, world_size: int) -> Choice | None:

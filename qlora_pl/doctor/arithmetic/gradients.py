@@ -14,9 +14,9 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from torch import Tensor, nn
 
+from qlora_pl.doctor.arithmetic.four_bits import four_bit_layer, grad_of
+from qlora_pl.doctor.arithmetic.products import random_tensors
 from qlora_pl.doctor.finding import Finding, Status
-from qlora_pl.doctor.four_bits import four_bit_layer, grad_of
-from qlora_pl.doctor.products import random_tensors
 from qlora_pl.modeling.loading.base_loading import keep_gradients_on_cpu
 
 TITLE = "gradients after an evaluation"

@@ -53,7 +53,7 @@ def work(names: Sequence[str]) -> None:
                 else:
                     tell("trying", what=found)
         except Exception as error:
-            tell("found", finding=could_not_look(check.title, error).to_plain())
+            tell("found", finding=could_not_look(check.title, error, check.repair()).to_plain())
             failed.add(name)
         tell("end", check=name, failed=name in failed)
     sys.stdout.flush()

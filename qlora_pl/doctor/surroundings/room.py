@@ -43,6 +43,7 @@ def memory() -> Iterator[Finding]:
         status=Status.WARNING if is_little else Status.OK,
         found=f"{free / GB:.1f} of {total / GB:.1f} GB free ({said_by})",
         meaning=meaning,
+        fix="ps aux --sort=-rss | head" if is_little else "",
     )
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from qlora_pl.doctor.driver import DriverError, ask_driver, in_numbers
+from qlora_pl.doctor.devices.driver import DriverError, ask_driver, in_numbers
 from qlora_pl.doctor.finding import Finding, Status, first_line
 
 GIB = 2**30
 LEAST_CAPABILITY = (6, 0)
 """Of a GPU for 4 bits, by bitsandbytes' documentation; 7.5 for int8."""
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+UNTESTED = "AMD's ROCm, Intel's XPU, Apple's MPS and NPUs"
+"""Kinds of devices upon which no test of this project has ever run."""
 OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
 """By CUDA's major version: NVIDIA's table of CUDA's minor version compatibility."""
 
@@ -56,16 +57,14 @@ def devices() -> Iterator[Finding | str]:
         yield from _gpu(index)
     if not count:
         yield _no_gpu(error)
-    yield from untested_devices(torch, platform.system())
-    chosen = [os.environ[n] for n in ALLOCATOR_VARIABLES if os.environ.get(n)]
-    if count and torch.version.cuda and chosen and "expandable_segments:True" not in chosen[0]:
+    untested = list(untested_devices(torch, platform.system()))
+    yield from untested
+    if not untested:
         yield Finding(
-            title="allocator",
+            title="other devices",
             status=Status.NOTE,
-            found=f"set to {chosen[0]}",
-            meaning="rows of changing length break memory into pieces; a run would let segments "
-            "grow if this were not set",
-            fix=f"unset {' '.join(ALLOCATOR_VARIABLES)}",
+            found="none",
+            meaning=f"{UNTESTED} were never tested here: whatever works there is luck",
         )
 
 
@@ -99,7 +98,7 @@ def _no_gpu(error: str | None) -> Finding:
             status=Status.BROKEN,
             found=f"{in_numbers(driver.gpus)}, and a torch built for {built_for()}",
             meaning="training would run on the CPU, a hundred times slower",
-            fix="pip install --force-reinstall --no-deps torch",
+            fix="pip uninstall --yes torch; pip install --constraint constraints.txt torch",
         )
     is_old = too_old(driver.version, torch.version.cuda)
     return Finding(

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from qlora_pl.allocator import prefer_expandable_segments
 from qlora_pl.doctor.checks import HERE, Check, order_of_work
 from qlora_pl.doctor.finding import Finding, Status, could_not_look
-from qlora_pl.doctor.worker import MARK, program
+from qlora_pl.doctor.running.worker import MARK, program
 
 Report = Callable[[Check, list[Finding]], None]
 """Takes what a check found, from any thread, once for each check."""
@@ -92,10 +93,12 @@ def _run_process(
         Those that it did not come to, fewer than were waiting.
     """
     by_name = {check.name: check for check in waiting}
-    environment = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}  # as fit does
+    defaults = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    environment = defaults | dict(os.environ)  # as a run sets them
+    prefer_expandable_segments(environment)
     process = subprocess.Popen(
-        program("from qlora_pl.doctor.worker import work; work(sys.argv[2:])", *by_name),
-        env=environment | dict(os.environ),
+        program("from qlora_pl.doctor.running.worker import work; work(sys.argv[2:])", *by_name),
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -208,6 +211,7 @@ def _crashed(check: Check, trying: str, code: int | None, said: list[str]) -> Fi
         status=Status.BROKEN,
         found=f"{end}{last}",
         meaning=_CRASHES.get(-(code or 0), "a run that comes to the same point would end there"),
+        fix=_LOOKING.get(-(code or 0)) or check.repair(),
     )
 
 
@@ -217,6 +221,10 @@ _CRASHES = {
     9: "something ended it, mostly the system for want of memory; a run would end so",
     11: "a library broke down; a run would end so, without a word",
 }
+
+
+_LOOKING = {7: "df -h /dev/shm", 9: "free -h"}
+"""Where it is no library's fault, the command that shows what is short."""
 
 
 def _signal_name(number: int) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from qlora_pl.doctor.finding import Finding, Status
-from qlora_pl.doctor.worker import program
+from qlora_pl.doctor.running.worker import program
 
-TAKE_PART = "from qlora_pl.doctor.ranks import take_part; take_part(sys.argv[2])"
+TAKE_PART = "from qlora_pl.doctor.contact.ranks import take_part; take_part(sys.argv[2])"
 SECONDS = 40
 
 

@@ -12,9 +12,15 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from qlora_pl.doctor.devices import built_for
+from qlora_pl.doctor.arithmetic.products import (
+    BOUNDS,
+    Product,
+    random_tensors,
+    relative_error,
+    tried,
+)
+from qlora_pl.doctor.devices.torch_devices import built_for
 from qlora_pl.doctor.finding import Finding, Status
-from qlora_pl.doctor.products import BOUNDS, Product, random_tensors, relative_error, tried
 from qlora_pl.modeling.base.quantization import resolve_compute_dtype
 from qlora_pl.modeling.base.reference_quantizer import quantize_4bit_reference
 
@@ -24,6 +30,8 @@ sqrt(12) are 0.7 %; four times that is allowed, as the largest of 512 varies."""
 DECODED_BOUND = 2.0**-9
 """Besides the product's own: scales in 8 bits come out one code off in 0.2 % of the blocks between
 bitsandbytes' CPU and GPU kernels."""
+
+AS_NF4 = "qlora-pl fit --model.quantization.quant_type nf4 ..."
 
 
 def bitsandbytes_library() -> Iterator[Finding]:
@@ -135,17 +143,18 @@ def nf4() -> Iterator[Finding | str]:
     """The quantisation of this project's runs."""
     wrong = "no QLoRA run can be trusted here; qlora-pl fit would train on other weights"
     bound = max(BOUNDS[torch.bfloat16], BOUNDS[torch.float16]) + DECODED_BOUND
-    yield from tried("NF4", four_bit_product("nf4"), bound, True, wrong)
+    fix = "pip install --force-reinstall --no-deps --constraint constraints.txt bitsandbytes"
+    yield from tried("NF4", four_bit_product("nf4"), bound, True, wrong, fix)
 
 
 def fp4() -> Iterator[Finding | str]:
     """The paper's other 4-bit type."""
-    wrong = "leave model.quantization.quant_type at nf4"
+    wrong = "model.quantization.quant_type: fp4 does not work there; nf4, the default, may"
     bound = max(BOUNDS[torch.bfloat16], BOUNDS[torch.float16]) + DECODED_BOUND
-    yield from tried("FP4", four_bit_product("fp4"), bound, False, wrong)
+    yield from tried("FP4", four_bit_product("fp4"), bound, False, wrong, AS_NF4)
 
 
 def int8() -> Iterator[Finding | str]:
     """LLM.int8."""
-    wrong = "model.quantization.quant_type: int8 does not work there; leave it at nf4"
-    yield from tried("int8", int8_product, INT8_BOUND, False, wrong)
+    wrong = "model.quantization.quant_type: int8 does not work there; nf4, the default, may"
+    yield from tried("int8", int8_product, INT8_BOUND, False, wrong, AS_NF4)

@@ -2,72 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from qlora_pl.__main__ import main
+from cli.words import FIT
 from qlora_pl.cli import first_sentence
-from qlora_pl.training.run_folders.run_lock import RunLock
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*"),  # in-process runs of a whole command
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole commands run in this process
 
 
-@pytest.fixture
-def type_in(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    tiny_base: Path,
-    rows_file: Path,
-) -> Callable[..., tuple[int, list[str]]]:
-    """Types a command in an empty folder; returns its exit code and what it printed as errors.
-
-    What it printed besides stays in ``type_in.told``.
-    """
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str, config: Any = None) -> tuple[int, list[str]]:
-        words = tuple(
-            w.replace("BASE", str(tiny_base)).replace("ROWS", str(rows_file)) for w in words
-        )
-        if config is not None:
-            text = config if isinstance(config, str) else yaml.safe_dump(config)
-            text = text.replace("BASE", str(tiny_base)).replace("ROWS", str(rows_file))
-            (tmp_path / "run.yaml").write_text(text)
-            words = (*words, "--config", "run.yaml")
-        monkeypatch.setattr(sys, "argv", ["qlora-pl", *words])
-        capsys.readouterr()
-        try:
-            code = main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        printed = capsys.readouterr()
-        run.told = printed.out.splitlines()  # type: ignore[attr-defined]
-        return code, printed.err.strip().splitlines()
-
-    return run
-
-
-FIT = (
-    *("fit", "--model.lora.r", "4"),  # the tiny base's narrowest layer has 32 outputs
-    *("--model.model_name_or_path", "BASE", "--data.sources", "ROWS"),
-)
 BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "command": (("fti",), "no command is called 'fti'; did you mean 'fit'?"),
     "unknown command": (
         ("deploy",),
-        "no command is called 'deploy' (there are fit, validate, test, predict, generate, chat, "
-        "serve, merge, export, inspect, prove-resume).",
+        "no command is called 'deploy' (there are fit, validate, test, predict, plan, smoke, "
+        "inspect, generate, chat, serve, merge, export, bench, doctor, explain, prove-resume).",
     ),
     "key": (
         (*FIT, "--model.lora.rank", "4"),
@@ -407,176 +359,6 @@ def test_all_impossible_values_are_reported_together(
     ]
 
 
-def test_help_answers_without_torch() -> None:
-    """Counted in imported modules, which no slow machine changes."""
-    code = (
-        "import sys; sys.argv = ['qlora-pl', '--help']\n"
-        "from qlora_pl.__main__ import main; main()\n"
-        "slow = {'torch', 'lightning', 'transformers', 'jsonargparse', 'numpy'} & {*sys.modules}\n"
-        "assert not slow, slow"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "fit" in done.stdout
-
-
-def test_help_of_a_key_says_what_it_means(
-    type_in: Callable[..., tuple[int, list[str]]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    sys.argv = ["qlora-pl", "fit", "--help"]
-    with pytest.raises(SystemExit):
-        main()
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "Rank: rows of A and columns of B." in printed
-    assert "Rows of a micro-batch on one device, or packs" in printed
-
-
-def test_print_config_gives_a_file_that_runs(
-    type_in: Callable[..., tuple[int, list[str]]],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    flags = ("--data.template", "guanaco", "--data.val_size", "2", "--model.lora.r", "4")
-    limits = (
-        "--trainer.max_steps",
-        "1",
-        "--trainer.accelerator",
-        "cpu",
-        "--samples.num_prompts",
-        "0",
-    )
-    type_in(*FIT, *flags, *limits)
-    assert [path.name for path in tmp_path.glob("runs/*/*")] == ["version_0"]
-    saved = next(tmp_path.glob("runs/*/version_0/run.yaml"))
-    code, printed = type_in("fit", "--config", str(saved))
-    assert code == 0, printed
-    adapters = sorted(tmp_path.glob("runs/*/version_*/adapter/adapter_model.safetensors"))
-    assert len(adapters) == 2
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
-
-
-def test_the_commands_that_do_not_train_say_and_write_their_metrics(
-    type_in: Any, tmp_path: Path
-) -> None:
-    """The counts are those of the files: 22 rows, 3 of them set apart for validation."""
-    common = (
-        *("--model.model_name_or_path", "BASE", "--data.sources", "ROWS", "--run.name", "tiny"),
-        *("--model.lora.r", "4"),
-        *("--data.template", "guanaco", "--data.val_size", "3", "--trainer.accelerator", "cpu"),
-        *("--data.test_sources", "ROWS", "--model.decoding.max_new_tokens", "3"),
-    )
-    assert type_in("fit", *common, "--trainer.max_steps", "2")[0] == 0
-    for command in ("validate", "test", "predict"):
-        code, printed = type_in(command, *common, "--ckpt_path", "last")
-        assert code == 0, printed
-        metrics = json.loads((tmp_path / f"runs/tiny/{command}_0/metrics.json").read_text())
-        assert metrics["command"] == command
-        assert metrics["rows"] == {"validate": 3, "test": 22, "predict": 3}[command]
-        assert isinstance(metrics["rows"], int)
-        assert metrics["checkpoint"].endswith("tiny/version_0/checkpoints/step-00000002.ckpt")
-        figures = ""
-        if command != "predict":
-            split = {"validate": "val", "test": "test"}[command]
-            loss, perplexity = metrics[f"{split}/loss"], metrics[f"{split}/perplexity"]
-            assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)  # it is in float32
-            figures = f"loss {loss:.4f}, perplexity {perplexity:.4f}: "
-        assert type_in.told[-1] == f"{command}: {figures}runs/tiny/{command}_0"
-    fitted = json.loads((tmp_path / "runs/tiny/version_0/metrics.json").read_text())
-    validated = json.loads((tmp_path / "runs/tiny/validate_0/metrics.json").read_text())
-    assert validated["val/loss"] == pytest.approx(fitted["val/loss"], rel=1e-6)
-    answers = (tmp_path / "runs/tiny/predict_0/predictions.jsonl").read_text().splitlines()
-    assert len(answers) == 3
-    assert set(json.loads(answers[0])) == {"prompt", "answer", "reference"}
-
-
-LOGGERS = {
-    "none": {"logger": False},
-    "csv": {
-        "logger": {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": "elsewhere"},
-        }
-    },
-    "default": {},
-}
-
-
-@pytest.mark.parametrize("logger", LOGGERS)
-def test_no_logger_moves_the_folder_the_checkpoints_or_the_adapter(
-    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path, logger: str
-) -> None:
-    config = {"trainer": {"max_steps": 2, "accelerator": "cpu", **LOGGERS[logger]}}
-    code, printed = type_in(*FIT, "--data.template", "guanaco", config=config)
-    assert code == 0, printed
-    run = tmp_path / "runs/run/version_0"
-    names = {path.name for path in run.iterdir()}
-    assert {"run.yaml", "environment.json", "metrics.csv", "metrics.json"} <= names
-    assert {"samples.jsonl", "checkpoints", "adapters", "adapter"} <= names
-    assert [path.name for path in (run / "checkpoints").glob("*2.ckpt")] == ["step-00000002.ckpt"]
-    assert any("tfevents" in name for name in names) == (logger == "default")
-
-
-def test_auto_resumes_what_is_unfinished_and_else_starts_anew(
-    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path
-) -> None:
-    words = (*FIT, "--data.template", "guanaco", "--trainer.accelerator", "cpu", "--run.name", "a")
-    assert type_in(*words, "--trainer.max_steps", "2", "--ckpt_path", "auto")[0] == 0
-    assert type_in(*words, "--trainer.max_steps", "2", "--ckpt_path", "auto")[0] == 0
-    assert sorted(path.name for path in (tmp_path / "runs/a").iterdir()) == [
-        "version_0",
-        "version_1",
-    ]
-    (tmp_path / "runs/a/version_1/metrics.json").unlink()  # as a kill would have left it
-    assert type_in(*words, "--trainer.max_steps", "3", "--ckpt_path", "auto")[0] == 0
-    assert sorted(path.name for path in (tmp_path / "runs/a").iterdir()) == [
-        "version_0",
-        "version_1",
-    ]
-    assert (tmp_path / "runs/a/version_1/checkpoints/step-00000003.ckpt").is_file()
-
-
-def test_a_run_that_is_being_written_is_not_resumed(
-    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path
-) -> None:
-    words = (*FIT, "--data.template", "guanaco", "--trainer.accelerator", "cpu", "--run.name", "a")
-    assert type_in(*words, "--trainer.max_steps", "2")[0] == 0
-    run = tmp_path / "runs/a/version_0"
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    lock = RunLock(run)
-    code, printed = type_in(*words, "--trainer.max_steps", "3", "--ckpt_path", "last")
-    lock.release()
-    assert code == 2
-    assert len(printed) == 1
-    assert printed[0].startswith("qlora-pl: 'runs/a/version_0' is being written by process ")
-    del before[run / ".lock"]
-    assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
-def test_a_resume_says_what_it_continues_and_what_it_passed_over(
-    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    words = (*FIT, "--data.template", "guanaco", "--trainer.accelerator", "cpu", "--run.name", "a")
-    steps = ("--trainer.max_steps", "3", "--checkpoint.every_n_steps", "1")
-    assert type_in(*words, *steps)[0] == 0
-    newest = tmp_path / "runs/a/version_0/checkpoints/step-00000003.ckpt"
-    newest.write_bytes(newest.read_bytes()[:-1])
-    (tmp_path / "runs/a/version_0/metrics.json").unlink()  # as a kill would have left it
-    caplog.clear()
-    assert type_in(*words, *steps, "--ckpt_path", "last")[0] == 0
-    told = [
-        record.message
-        for record in caplog.records
-        if record.name == "qlora_pl.training.run_folders.run_start"
-    ]
-    folder = "runs/a/version_0/checkpoints"
-    assert told == [
-        f"Passed over the checkpoint '{folder}/step-00000003.ckpt' (its SHA-256 is not what "
-        "step-00000003.ckpt.sha256 says).",
-        f"fit: resuming {folder}/step-00000002.ckpt at step 2",
-    ]
-
-
 def test_a_start_that_fails_anyhow_leaves_no_folder(
     type_in: Callable[..., tuple[int, list[str]]],
     tmp_path: Path,
@@ -593,27 +375,7 @@ def test_a_start_that_fails_anyhow_leaves_no_folder(
     assert not list(tmp_path.glob("runs/*/*"))
 
 
-def test_an_older_checkpoint_branches_off_into_a_folder_of_its_own(
-    type_in: Callable[..., tuple[int, list[str]]], tmp_path: Path
-) -> None:
-    words = (*FIT, "--data.template", "guanaco", "--trainer.accelerator", "cpu", "--run.name", "a")
-    steps = ("--trainer.max_steps", "3", "--checkpoint.every_n_steps", "1")
-    assert type_in(*words, *steps)[0] == 0
-    older = "runs/a/version_0/checkpoints/step-00000002.ckpt"
-    before = (tmp_path / "runs/a/version_0/metrics.csv").read_bytes()
-    assert type_in(*words, *steps, "--ckpt_path", older)[0] == 0
-    adapters = [tmp_path / f"runs/a/version_{n}/adapter/adapter_model.safetensors" for n in (0, 1)]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
-    assert (tmp_path / "runs/a/version_0/metrics.csv").read_bytes() == before
-
-
 def test_a_sentence_of_a_library_ends_in_one_full_stop() -> None:
     assert first_sentence(RuntimeError("No backend found!\nMore.")) == "No backend found."
     assert first_sentence(RuntimeError("Wrong.")) == "Wrong."
     assert first_sentence(KeyError()) == "KeyError."
-
-
-def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    sys.argv = ["qlora-pl", "--version"]
-    assert main() == 0
-    assert capsys.readouterr().out.startswith("qlora-pl 0.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_pl.doctor.devices import training_devices
+from qlora_pl.doctor.devices.torch_devices import training_devices
 from qlora_pl.doctor.finding import Finding, Status, first_line
 from qlora_pl.modeling.base.quantization import compute_advice, resolve_compute_dtype
 
@@ -22,6 +22,8 @@ BOUNDS = {
 roundings of the result (2**-8 and 2**-11 each), because a kernel may sum in four parts of its own
 type; a wrong kernel is off by tens of percent. float32: 512 terms, summed in any order, stay below
 512 x 2**-24 by far; TF32, with 2**-11, does not pass."""
+
+IN_OTHER_TYPE = "qlora-pl fit --model.quantization.compute_dtype {} ..."
 
 Product = Callable[[torch.device], tuple[float, float]]
 """Multiplies on a device; the error of the result and that of the input's gradient."""
@@ -67,7 +69,7 @@ def plain_product(dtype: torch.dtype) -> Product:
 
 
 def tried(
-    title: str, product: Product, bound: float, is_vital: bool, unusable: str
+    title: str, product: Product, bound: float, is_vital: bool, unusable: str, fix: str
 ) -> Iterator[Finding | str]:
     """Multiply on every device; equal devices share a line.
 
@@ -77,6 +79,7 @@ def tried(
         bound: Largest error that is right.
         is_vital: Whether ordinary runs need it on the device that they take.
         unusable: What follows where it does not work.
+        fix: The command that mends it, or does without it.
     """
     works: dict[str, list[str]] = {}
     errors: dict[str, float] = {}
@@ -94,7 +97,7 @@ def tried(
         if problem:
             # the first device is the one that a run takes
             status = Status.BROKEN if is_vital and place == 0 else Status.WARNING
-            yield Finding(title=title, status=status, found=problem, meaning=unusable)
+            yield Finding(title=title, status=status, found=problem, meaning=unusable, fix=fix)
         else:
             works.setdefault(kind, []).append(str(device))
             errors[kind] = max(worst, errors.get(kind, 0.0))
@@ -134,20 +137,27 @@ def auto() -> Iterator[Finding]:
 def float32() -> Iterator[Finding | str]:
     """The type of trained weights, losses and gradients."""
     wrong = "losses and gradients are not what they should be; nothing that is trained can be used"
-    yield from tried("float32", plain_product(torch.float32), BOUNDS[torch.float32], True, wrong)
+    fix = "unset NVIDIA_TF32_OVERRIDE TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+    product = plain_product(torch.float32)
+    yield from tried("float32", product, BOUNDS[torch.float32], True, wrong, fix)
 
 
 def bfloat16() -> Iterator[Finding | str]:
     """The paper's type of products."""
     needed = resolve_compute_dtype("auto", training_devices()[0]) is torch.bfloat16
-    wrong = "set model.quantization.compute_dtype to float16 or float32"
+    wrong = "losses and gradients of runs that compute in it are not what they should be"
+    product = plain_product(torch.bfloat16)
     yield from tried(
-        "bfloat16", plain_product(torch.bfloat16), BOUNDS[torch.bfloat16], needed, wrong
+        "bfloat16", product, BOUNDS[torch.bfloat16], needed, wrong, IN_OTHER_TYPE.format("float32")
     )
 
 
 def float16() -> Iterator[Finding | str]:
     """The type of products on GPUs without bfloat16."""
     needed = resolve_compute_dtype("auto", training_devices()[0]) is torch.float16
-    wrong = "leave model.quantization.compute_dtype at auto, or set float32"
-    yield from tried("float16", plain_product(torch.float16), BOUNDS[torch.float16], needed, wrong)
+    wrong = "losses and gradients of runs that compute in it are not what they should be"
+    other = "float32" if needed else "auto"
+    product = plain_product(torch.float16)
+    yield from tried(
+        "float16", product, BOUNDS[torch.float16], needed, wrong, IN_OTHER_TYPE.format(other)
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_pl.doctor.devices import usable_cores
+from qlora_pl.doctor.devices.torch_devices import usable_cores
 from qlora_pl.doctor.finding import Finding, Status
 
 RUNTIME = re.compile(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)

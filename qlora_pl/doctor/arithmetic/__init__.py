@@ -1,0 +1,1 @@
+"""Whether products and gradients come out right, and what slows them."""

@@ -1,0 +1,1 @@
+"""The GPUs and the CPU, as driver, torch and allocator see them."""

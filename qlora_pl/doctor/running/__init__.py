@@ -1,0 +1,1 @@
+"""Checks in threads and processes that may crash or hang."""

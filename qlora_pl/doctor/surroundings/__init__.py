@@ -1,0 +1,1 @@
+"""Memory, disk, and what the operating system allows."""

@@ -1,0 +1,1 @@
+"""Commands of a run as a user types them."""
