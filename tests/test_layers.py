@@ -167,6 +167,7 @@ MAY_USE: dict[str, set[str]] = {
     "benching": {"torch", "numpy", "lightning"},
     "benching.synthetic": {"torch", "transformers", "bitsandbytes", "tqdm"},
     "benching.device_speed": {"torch", "bitsandbytes"},
+    "benching.timer": {"torch", "lightning", "bitsandbytes", "peft"},
     "benching.peers": {"torch", "transformers", "peft", "datasets"},
     "benching.worker": {"numpy", "transformers", "tokenizers"},
     "benching.command": set(),

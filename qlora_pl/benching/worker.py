@@ -13,18 +13,14 @@ from typing import Any
 import numpy as np
 
 from qlora_pl.benching.clock import summary
-from qlora_pl.benching.measuring import (
-    chosen_device,
-    limit_memory,
-    refuse_misfit,
-    settings_of,
-    train_module,
-)
+from qlora_pl.benching.device import chosen_device, limit_memory
+from qlora_pl.benching.fitting import refuse_misfit
 from qlora_pl.benching.rows import PAD_ID, draw_rows, training_batches
 from qlora_pl.benching.settings import Timing, Workload
 from qlora_pl.benching.shapes import shape_named
 from qlora_pl.benching.surroundings import describe_surroundings
 from qlora_pl.benching.synthetic import draw_base, write_config
+from qlora_pl.benching.training import settings_of, train_module
 from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
