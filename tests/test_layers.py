@@ -157,6 +157,7 @@ MAY_USE: dict[str, set[str]] = {
     "inspection.data.policies": {"numpy", "tqdm"},
     "inspection.command": set(),
     "smoke": set(),
+    "smoke.contradictions": {"torch"},
     "smoke.random_base": {"torch", "transformers"},
     "smoke.run_tokenizer": {"torch", "transformers"},
     "smoke.stand_in_tokenizer": {"tokenizers", "transformers"},

@@ -60,6 +60,7 @@ def fit(
     )
     settings = {"template": "guanaco", "val_size": 2, "batch_size": 1, "max_length": 64}
     batches = Batches()
+    saver = AdapterCheckpoint(every_n_steps=100 if kill_at is None else 1)  # and at its end
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         default_root_dir=folder,
@@ -71,7 +72,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[AdapterCheckpoint(every_n_steps=1), KillAt(kill_at), batches, *callbacks],
+        callbacks=[saver, KillAt(kill_at), batches, *callbacks],
     )
     trainer.fit(
         module, InstructionDataModule(rows, **settings | data), ckpt_path=newest_verified(folder)

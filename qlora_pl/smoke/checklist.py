@@ -91,10 +91,12 @@ class Checklist:
         return any(step.status == "failed" for step in self.steps.values())
 
     @contextmanager
-    def step(self, name: str) -> Iterator[Step]:
+    def step(self, name: str, shows_failure: bool = True) -> Iterator[Step]:
         """Time a block, and take its error for the step's failure, so that others can be tried.
 
-        Nothing is tried once something has failed on which it stands: see ``can_try``.
+        Args:
+            name: Of the step.
+            shows_failure: Whether its line is told if it fails.
         """
         step, began = self.steps[name], time.monotonic()
         step.status = "passed"
@@ -108,13 +110,15 @@ class Checklist:
         except Exception as error:  # whatever a library raises is this step's failure
             self._fail(step, f"{name}: {last_line(error)}")
         step.seconds = time.monotonic() - began
-        self.show(step)
+        if shows_failure or step.status != "failed":
+            self.show(step)
 
     def take(self, plain: dict[str, Any]) -> None:
         """A step that another process has tried."""
         step = self.steps[plain["step"]]
         step.status, step.seconds = plain["status"], plain["seconds"]
-        step.said, step.more = self.in_words(plain["said"]), list(plain["more"])
+        step.said = self.in_words(plain["said"])
+        step.more = [self.in_words(line) for line in plain["more"]]
         self.show(step)
 
     def show(self, step: Step) -> None:

@@ -6,17 +6,18 @@ import argparse
 import difflib
 import json
 import logging
-import os
-import shutil
-import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn
+import time
+from collections.abc import Sequence
+from typing import NoReturn
 
 from qlora_pl.errors import ConfigurationError
+from qlora_pl.smoke.surroundings import (
+    hub_answers,
+    own_environment,
+    refuse_several,
+    temporary_folder,
+)
 
 OWN_FLAGS = ("offline", "keep", "json", "help")
 HELP = """usage: qlora-pl smoke --config FILE [--KEY VALUE ...] [flags]
@@ -33,8 +34,6 @@ flags:
 
 Exit code 0: every step passed; 1: one failed; 2: fit would not even parse these words. Every key of
 `qlora-pl fit --help` may follow; runs of yours are not touched."""
-HUB_SECONDS = 3.0
-"""For the Hub to answer."""
 
 
 def smoke(words: Sequence[str]) -> int:
@@ -44,52 +43,32 @@ def smoke(words: Sequence[str]) -> int:
         The exit code.
 
     Raises:
-        ConfigurationError: for a mistake in this command's own flags.
+        ConfigurationError: for a mistake in the words, with which nothing can be tried.
     """
     if any(word in ("-h", "--help") for word in words):
         print(HELP)
         return 0
+    began = time.monotonic()
     options, run_words = _parse(words)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in os.environ:
-        raise ConfigurationError(
-            "smoke starts the processes of its run itself; call it once, without torchrun or srun."
-        )
+    refuse_several()
     is_online = not options.offline and hub_answers()
-    folder = Path(tempfile.mkdtemp(prefix="qlora-pl-smoke-"))
-    try:
-        with _environment(folder, is_online), _ending_on_sigterm():
-            # Imported here, after the environment is set: libraries read it once.
-            from qlora_pl.smoke.procedure import perform
-
-            for name in ("qlora_pl", "lightning.pytorch", "lightning.fabric"):
-                logging.getLogger(name).setLevel(logging.ERROR)
-            record = perform(run_words, folder, is_online, _silent if options.json else _show)
-    finally:
+    with temporary_folder(options.keep) as folder, own_environment(folder, is_online):
         if options.keep:
-            print(f"smoke: everything lies in {folder}", file=sys.stderr)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+            print(f"smoke: everything is kept in {folder}", file=sys.stderr)
+        # Imported here, after the environment is set: libraries read it once.
+        from qlora_pl.smoke.procedure import perform
+
+        for name in ("qlora_pl", "lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        tell = _silent if options.json else _show
+        record = perform(run_words, folder, is_online, tell, began)
     if options.json:
         print(json.dumps(record, indent=2, ensure_ascii=False))
     code: int = record["exit_code"]
+    if code == 2:
+        configuration = record["steps"][0]
+        raise ConfigurationError([configuration["said"], *configuration["more"]])
     return code
-
-
-def hub_answers() -> bool:
-    """Whether the Hub can be asked: libraries would try for a minute before they gave up."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return False
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
-    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urlopen(Request(address, method="HEAD"), timeout=HUB_SECONDS).close()
-    except HTTPError:
-        return True  # it answers
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _show(line: str) -> None:
@@ -111,6 +90,12 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in ("offline", "keep", "json"):
         parser.add_argument(f"--{name}", action="store_true")
     options, rest = parser.parse_known_args(list(words))
+    if not rest:
+        raise ConfigurationError("smoke: name a run, as for fit: qlora-pl smoke --config FILE.")
+    if not rest[0].startswith("-"):
+        raise ConfigurationError(
+            f"smoke: '{rest[0]}' follows no flag; a run's file is named by --config {rest[0]}."
+        )
     for word in rest:
         name = word.partition("=")[0].removeprefix("--")
         if word.startswith("--") and (near := difflib.get_close_matches(name, OWN_FLAGS, 1, 0.7)):
@@ -118,38 +103,3 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
                 f"smoke: no flag is called '--{name}'; did you mean '--{near[0]}'?"
             )
     return options, rest
-
-
-@contextmanager
-def _environment(folder: Path, is_online: bool) -> Iterator[None]:
-    """Caches of the run go into the temporary folder, and GPUs are left to others."""
-    own = {
-        "QLORA_PL_CACHE": str(folder / "cache"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONUNBUFFERED": "1",
-    }
-    own |= {} if is_online else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    before: dict[str, Any] = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the stack: the runs are groups of their own, which must not outlive us."""
-
-    def stop(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

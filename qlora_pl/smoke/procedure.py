@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from qlora_pl.cli import read_runs
-from qlora_pl.data.batches.global_batch import accumulation_of
 from qlora_pl.data.encoding.tokenizer import load_tokenizer
 from qlora_pl.smoke.after_training import try_finished
 from qlora_pl.smoke.base_files import BaseFiles, find_base
 from qlora_pl.smoke.checklist import MARKS, Checklist
+from qlora_pl.smoke.contradictions import refuse_contradictions
 from qlora_pl.smoke.first_rows import FirstRows, find_first_rows
-from qlora_pl.smoke.random_base import RandomBase, check_whole, make_base
+from qlora_pl.smoke.random_base import RandomBase, check_whole, make_base, most_bytes
 from qlora_pl.smoke.row_check import RowCheck, check_rows, check_template, shown_row
 from qlora_pl.smoke.run_tokenizer import check_tokenizer, provide_tokenizer
 from qlora_pl.smoke.shrunken_run import ShrunkenRun, shrink
+from qlora_pl.smoke.surroundings import refuse_full_disk
 from qlora_pl.smoke.training import Training
 
 
@@ -50,10 +51,10 @@ class Procedure:
 
     def perform(self) -> int:
         """Try every step whose ground holds; the exit code."""
-        with self.checklist.step("configuration") as step:
+        # A mistake here is said by the command, as every command says one, and nothing else is.
+        with self.checklist.step("configuration", shows_failure=False) as step:
             step.said = self._configuration()
         if self.checklist.has_failed:
-            self.checklist.show_rest()
             return 2
         with self.checklist.step("base") as step:
             step.said = self._base()
@@ -75,7 +76,7 @@ class Procedure:
 
     def _configuration(self) -> str:
         [self.run] = read_runs([self.words])
-        _refuse_uneven_batch(self.run)
+        refuse_contradictions(self.run)
         return f"{self.run.run.name}: every key and value is known"
 
     def _base(self) -> str:
@@ -85,7 +86,9 @@ class Procedure:
         )
         if self.base.origin.startswith("the built-in"):
             self.stand_ins.append(f"'{self.base.name}': its built-in shape for its config.json")
-        self.skeleton = check_whole(self.base, self.run)
+        skeleton = check_whole(self.base, self.run)
+        refuse_full_disk(self.place, most_bytes(self.base, skeleton, self.run))
+        self.skeleton = skeleton
         num_weights = sum(parameter.numel() for parameter in self.skeleton.parameters())
         return (
             f"{type(self.skeleton).__name__} of {num_weights:,} weights, from {self.base.origin}; "
@@ -128,8 +131,10 @@ class Procedure:
         ]
         rows_found = check_rows(self.run, self.first, self._facts_folder, self.tokenizer)
         self.rows = rows_found
-        mark = "stand-in: " if self.first.stand_ins else ""
-        return f"{mark}{rows_found.sentence()}", [*rows_found.notes(), *shown_row(rows_found)]
+        said = rows_found.sentence()
+        if self.first.stand_ins:
+            said = f"stand-in: {said.removeprefix('the first ')}"
+        return said, [*rows_found.notes(), *shown_row(rows_found)]
 
     def _train(self) -> None:
         assert self.rows is not None
@@ -205,38 +210,32 @@ class Procedure:
                     self.tell(f"  - {line}")
         failed = [s.name for s in self.checklist.steps.values() if s.status == "failed"]
         verdict = f"failed: {', '.join(failed)}" if failed else "passed"
-        self.tell(f"smoke: {verdict}, in {seconds:.0f} s")
+        has_logs = self.shrunken is not None and failed  # of what ran as processes of its own
+        hint = "; --keep leaves the logs" if has_logs else ""
+        self.tell(f"smoke: {verdict}, in {seconds:.0f} s{hint}")
 
 
 def perform(
-    words: list[str], place: Path, is_online: bool, tell: Callable[[str], None]
+    words: list[str], place: Path, is_online: bool, tell: Callable[[str], None], began: float
 ) -> dict[str, Any]:
     """Try a run; see ``Procedure``.
+
+    Args:
+        words: As for it.
+        place: As for it.
+        is_online: As for it.
+        tell: As for it.
+        began: When the command did, by ``time.monotonic()``; importing takes seconds.
 
     Returns:
         The record, with the exit code of the command.
     """
-    began = time.monotonic()
     procedure = Procedure(words, place, is_online, tell)
     code = procedure.perform()
     seconds = time.monotonic() - began
-    procedure.show_end(code, seconds)
+    if code != 2:
+        procedure.show_end(code, seconds)
     return procedure.record(code, seconds)
-
-
-def _refuse_uneven_batch(run: Any) -> None:
-    """A global batch must be cut evenly over the devices that are named."""
-    devices, data = run.trainer.devices, run.data
-    num = len(devices) if isinstance(devices, list) else devices
-    if isinstance(num, str) and num.isdigit():
-        num = int(num)
-    if data.global_batch_size is None or not isinstance(num, int) or num < 1:
-        return
-    size = None if data.tokens_per_batch else data.batch_size
-    if size is not None and not isinstance(size, int):
-        return
-    unit = "packs" if data.packing is True else "rows"
-    accumulation_of(data.global_batch_size, size, num * run.trainer.num_nodes, unit)
 
 
 def _can_show(mark: str) -> bool:

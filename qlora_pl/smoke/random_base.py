@@ -32,7 +32,7 @@ from qlora_pl.modeling.full_training import refuse_packed_weights
 from qlora_pl.modeling.loading.sharded_loading import refuse_unshardable
 from qlora_pl.modeling.sharding import unit_names
 from qlora_pl.smoke.base_files import BaseFiles, refuse_missing_head, stored_tensors
-from qlora_pl.smoke.narrowing import Narrowed, narrow
+from qlora_pl.smoke.narrowing import WIDEST, Narrowed, narrow
 from qlora_pl.smoke.stand_in_tokenizer import TURN_ENDS
 
 SEED = 0
@@ -71,6 +71,30 @@ def check_whole(base: BaseFiles, run: Any) -> nn.Module:
         refuse_unshardable(quantization, lora, model.grow_vocabulary)
         unit_names(skeleton)
     return skeleton
+
+
+COPIES = 4
+"""Of the narrowed weights on disk: the base, its packed copy, the merged model, one in the making.
+Nearly all of them are embeddings, which no packing makes smaller."""
+BYTES_OF_A_TRAINED_BASE = 60
+"""For each weight that is trained: three checkpoints with two moments in 32 bits, two models."""
+OTHER_BYTES = 150e6
+"""Adapters with their optimizer's state, rows, tokenizers, logs."""
+
+
+def most_bytes(base: BaseFiles, whole: nn.Module, run: Any) -> float:
+    """Bytes that a test of a run writes at most.
+
+    Args:
+        base: The files of its base.
+        whole: Its skeleton, before it is narrowed.
+        run: The parsed configuration.
+    """
+    rows, width = whole.get_input_embeddings().weight.shape  # type: ignore[operator]
+    num_narrowed = 2 * rows * min(width, WIDEST) + 8e6  # with a head of its own, and two layers
+    trains_all = run.model.lora.method == "none"
+    of_weight = BYTES_OF_A_TRAINED_BASE if trains_all else COPIES * dtype_of(base.config).itemsize
+    return float(num_narrowed * of_weight + OTHER_BYTES)
 
 
 def configs_of(run: Any) -> tuple[QuantizationConfig, LoRAConfig]:

@@ -75,10 +75,12 @@ def shrink(
         flags["samples.num_prompts"] = 1
     if run.samples.prompts:
         flags["samples.prompts"] = json.dumps(run.samples.prompts[:1])
+    for group, decoding in (("samples", run.samples.decoding), ("model", run.model.decoding)):
+        flags[f"{group}.decoding.max_new_tokens"] = min(decoding.max_new_tokens, ANSWER_TOKENS)
+        if decoding.min_new_tokens > ANSWER_TOKENS:
+            flags[f"{group}.decoding.min_new_tokens"] = ANSWER_TOKENS
     flags |= {
         "samples.every_n_steps": "null",
-        "samples.decoding.max_new_tokens": ANSWER_TOKENS,
-        "model.decoding.max_new_tokens": ANSWER_TOKENS,
         "checkpoint.every_n_steps": KILLED_AFTER,
         "checkpoint.keep_last": 2,
     }
@@ -143,7 +145,7 @@ def _of_batches(run: Any, ranks: int) -> Iterator[tuple[str, Any]]:
         small = 1
     if data.global_batch_size is not None:
         yield "data.global_batch_size", small * ranks * accumulation(run)
-    if trainer.accumulate_grad_batches is not None:
+    if trainer.accumulate_grad_batches is not None or data.global_batch_size is None:
         yield "trainer.accumulate_grad_batches", accumulation(run)
 
 
@@ -167,16 +169,19 @@ def _of_trainer(run: Any, ranks: int) -> Iterator[tuple[str, Any]]:
         "trainer.num_nodes": 1,
         "trainer.max_steps": STEPS,
         "trainer.max_epochs": -1,
+        "trainer.min_steps": "null",
+        "trainer.min_epochs": "null",
         "trainer.max_time": "null",
         "trainer.fast_dev_run": "false",
         "trainer.log_every_n_steps": 1,
         "trainer.logger": "true",  # TensorBoard into the run's own folder, nothing over a network
         "trainer.enable_progress_bar": "false",
         "trainer.limit_train_batches": 1.0,
+        "trainer.overfit_batches": 0.0,
     }.items()
     if trainer.limit_val_batches != 0:
         yield "trainer.limit_val_batches", 1
-        yield "trainer.num_sanity_val_steps", min(1, abs(trainer.num_sanity_val_steps))
+        yield "trainer.num_sanity_val_steps", min(1, abs(trainer.num_sanity_val_steps or 0))
         # Where the save is, and counted across epochs: the user's interval would not come.
         yield "trainer.val_check_interval", KILLED_AFTER * accumulation(run)
         yield "trainer.check_val_every_n_epoch", "null"
@@ -190,7 +195,7 @@ def _of_model(run: Any) -> Iterator[tuple[str, Any]]:
         yield "model.quantization.block_size", LARGEST_BLOCK
     if model.lora.init_from is not None:
         yield "model.lora.init_from", "null"
-    if model.gradient_checkpointing not in (True, False):
+    if model.gradient_checkpointing not in (True, False):  # auto
         yield "model.gradient_checkpointing", "true"
 
 
@@ -206,19 +211,55 @@ TOLD = (
     "data.val_size",
     "trainer.accumulate_grad_batches",
     "model.quantization.block_size",
+    "model.gradient_checkpointing",
 )
-"""Keys whose change is listed."""
+"""Keys whose change has a line of its own."""
+TOLD_TOGETHER = (
+    "data.max_lost_ratio",
+    "data.eval_batch_size",
+    "data.num_workers",
+    "data.window",
+    "trainer.overfit_batches",
+    "trainer.limit_val_batches",
+    "trainer.num_sanity_val_steps",
+    "trainer.val_check_interval",
+    "checkpoint.every_n_steps",
+    "checkpoint.keep_last",
+    "samples.num_prompts",
+    "samples.every_n_steps",
+    "samples.decoding.max_new_tokens",
+    "samples.decoding.min_new_tokens",
+    "model.decoding.max_new_tokens",
+    "model.decoding.min_new_tokens",
+)
+"""Those that say how often and how much, in one line."""
 
 
 def _changes(run: Any, flags: dict[str, Any], ranks: int) -> Iterator[str]:
     for key in TOLD:
-        group, _, name = key.rpartition(".")
-        value: Any = run
-        for part in (*group.split("."), name):
-            value = getattr(value, part)
-        if key in flags and str(flags[key]) != str(value):
-            yield f"{key}: {flags[key]} of {value}"
+        if _differs(run, flags, key):
+            of = "instead of" if isinstance(_value(run, key), str) else "of"
+            yield f"{key}: {flags[key]} {of} {_value(run, key)}"
     yield f"trainer: {STEPS} steps on the CPU, {ranks} process{'es' if ranks > 1 else ''}"
+    if also := [f"{key} {flags[key]}" for key in TOLD_TOGETHER if _differs(run, flags, key)]:
+        yield f"besides: {', '.join(also)}"
+
+
+def _name_of(strategy: Any) -> str:
+    return str(getattr(strategy, "class_path", strategy)).rpartition(".")[2]
+
+
+def _value(run: Any, key: str) -> Any:
+    value: Any = run
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _differs(run: Any, flags: dict[str, Any], key: str) -> bool:
+    value = _value(run, key)
+    written = "null" if value is None else str(value)
+    return key in flags and str(flags[key]) != written
 
 
 def _not_tested(run: Any, ranks: int) -> Iterator[str]:
@@ -239,5 +280,12 @@ def _not_tested(run: Any, ranks: int) -> Iterator[str]:
         yield "trainer.logger: loggers of your own were left out"
     if trainer.num_nodes > 1:
         yield f"trainer.num_nodes: {trainer.num_nodes} machines; {ranks} processes stood for them"
+    if ranks > 1:
+        yield (
+            f"trainer.strategy: {_name_of(trainer.strategy)} over NCCL; {ranks} processes talked "
+            "over gloo, and validate, generate and merge took one"
+        )
+    if "auto" in (run.data.batch_size, model.gradient_checkpointing):
+        yield "what auto comes to (data.batch_size, model.gradient_checkpointing) on a GPU"
     if run.data.window is not None:
         yield "data.sources: reading them as a stream"

@@ -147,7 +147,7 @@ def test_settings_that_windows_cannot_have_are_one_sentence(
         start()
 
 
-def trainer(folder: Path, *callbacks: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: Any, save_every: int = 1) -> Trainer:
     return Trainer(
         default_root_dir=folder,
         max_steps=STEPS,
@@ -157,7 +157,7 @@ def trainer(folder: Path, *callbacks: Any) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[AdapterCheckpoint(every_n_steps=1), *callbacks],
+        callbacks=[AdapterCheckpoint(every_n_steps=save_every), *callbacks],
     )
 
 
@@ -167,7 +167,8 @@ def run(
     """The finished adapter, and the rows of the steps that were taken here."""
     seed_everything(3)
     steps = Steps()
-    trainer(folder, KillAt(kill_at), steps).fit(
+    save_every = 100 if kill_at is None else 1  # and at its end
+    trainer(folder, KillAt(kill_at), steps, save_every=save_every).fit(
         make_module(base), make_data(rows, **settings), ckpt_path=newest_verified(folder)
     )
     return digest(folder), steps.rows

@@ -8,6 +8,7 @@ none of them along.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -168,6 +169,8 @@ def import_everything() -> None:
 
     tqdm.tqdm.monitor_interval = 0  # its bars would start a thread
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a collection in a fork need not look through all of it
 
 
 def become(request: dict[str, Any], rank: int) -> None:

@@ -47,9 +47,13 @@ def fit(
     lora: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
+    is_saved_often: bool = False,
     **quantization: Any,
 ) -> QLoRAModule:
-    """Train three steps, each saved; goes on from the newest checkpoint of the folder."""
+    """Train three steps; goes on from the newest checkpoint.
+
+    Each step is saved if it is to be killed or ``is_saved_often``, else the last.
+    """
     seed_everything(3)
     module = QLoRAModule(
         str(base),
@@ -58,7 +62,7 @@ def fit(
         quantization=QuantizationConfig(**{"compute_dtype": "float32"} | quantization),
         gradient_checkpointing=False,
     )
-    saver = AdapterCheckpoint(every_n_steps=1)
+    saver = AdapterCheckpoint(every_n_steps=1 if kill_at is not None or is_saved_often else 100)
     run = make_trainer(folder, RunMetrics(), saver, *callbacks, KillAt(kill_at), **trainer or {})
     run.fit(module, make_data(rows), ckpt_path=newest_verified(folder))
     return module

@@ -402,7 +402,8 @@ def test_an_adapter_that_never_learns_is_found_once_a_step_is_good(
             module.trained_tensors()[name].register_hook(torch.zeros_like)
 
     monkeypatch.setattr(mixed_precision, "INITIAL_SCALE", TOO_HIGH)
-    settings = {"trainer": {"max_steps": 6}, "compute_dtype": "float16"}
+    settings: dict[str, Any] = {"trainer": {"max_steps": 6}, "compute_dtype": "float16"}
+    settings["is_saved_often"] = True
     with pytest.raises(TrainingStoppedError, match=r"After step 4 the adapter .* is still zero"):
         fit(tmp_path / "mute", tiny_base, rows_file, callbacks=[Mute()], **settings)
 

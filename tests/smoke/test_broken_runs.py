@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,35 +144,85 @@ def test_a_broken_run_fails_in_its_step_with_the_right_sentence(
     failed = [its for its in record["steps"] if its["status"] == "failed"]
     assert [its["step"] for its in failed] == [step]
     assert sentence in failed[0]["said"]
+    assert failed[0]["said"].count(". ") == 0  # one sentence
+    assert failed[0]["more"] == []
     assert "qlora-pl-smoke-" not in failed[0]["said"]  # the user's names, not ours
     assert not (tmp_path / "runs").exists()
 
 
-def _must_not_come(_: Any) -> None:
+def _must_not_come(*_: Any) -> None:
     raise AssertionError("a broken run was trained")
 
 
-def test_a_misspelt_key_is_a_mistake_and_no_failure(
+MISTAKES = {
+    # name: the words after smoke, where FILE is a run without a mistake; what is said
+    "a misspelt key": (
+        "--config FILE --data.max_lenght 64",
+        "'data' has no key 'max_lenght'; did you mean 'max_length'?",
+    ),
+    "a batch that its devices cannot share": (
+        "--config FILE --data.global_batch_size 8 --trainer.devices 3",
+        "data.global_batch_size: 8",
+    ),
+    "a cosine without an end": (
+        "--config FILE --model.schedule.name cosine --trainer.max_time 01:00:00:00"
+        " --trainer.max_steps -1",
+        "model.schedule: cosine",
+    ),
+    "an impossible value": ("--config FILE --model.lora.r -4", "model.lora.r"),
+    "a misspelt flag": ("--ofline", "did you mean '--offline'?"),
+    "no words": ("", "--config"),
+    "a file alone": ("FILE", "--config"),
+    "a file that is missing": ("--config mein.yaml", "no file 'mein.yaml'"),
+    "a flag without a file": ("--config", "--config: name a file after it."),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_the_words_is_one_sentence_and_nothing_is_tried(
+    name: str,
     settings: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings["data"]["max_lenght"] = 64
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(settings))
-    code, out, _ = type_words(monkeypatch, capsys, "smoke", "--config", path, "--offline")
+    words, sentence = MISTAKES[name]
+    typed = [str(path) if word == "FILE" else word for word in words.split()]
+    code, out, said = type_words(monkeypatch, capsys, "smoke", *typed)
     assert code == 2
-    assert "did you mean 'max_length'?" in out
-    assert "not reached" in out
+    assert out == ""
+    assert sentence in said
+    assert said.startswith("qlora-pl: ")
+    assert said.count("\n") == 1
 
 
-def test_a_misspelt_flag_is_told_at_once(
+def test_a_disk_that_is_almost_full_is_told_before_anything_is_written(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50e6))
+    monkeypatch.setattr(Procedure, "_train", _must_not_come)
+    monkeypatch.setattr("qlora_pl.smoke.procedure.make_base", _must_not_come)
+    words = ("smoke", "--config", path, "--offline", "--json")
+    code, out, _ = type_words(monkeypatch, capsys, *words)
+    (failed,) = [step for step in json.loads(out)["steps"] if step["status"] == "failed"]
+    assert (code, failed["step"]) == (1, "base")
+    assert "0.1 GB free; name a folder on another disk in TMPDIR" in failed["said"]
+
+
+def test_help_says_what_it_does_and_which_flags_it_has(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, said = type_words(monkeypatch, capsys, "smoke", "--ofline")
-    assert code == 2
-    assert "did you mean '--offline'?" in said
+    code, out, said = type_words(monkeypatch, capsys, "smoke", "--help")
+    assert (code, said) == (0, "")
+    for word in ("--config", "--offline", "--keep", "--json", "Exit code"):
+        assert word in out
 
 
 def test_the_temporary_folder_is_gone_unless_it_is_to_be_kept(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from families import BY_NAME
+
+from qlora_pl.smoke.reaper import processes_of
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -144,6 +148,47 @@ def test_what_fails_in_training_is_told_in_the_words_of_its_error(
     assert done.returncode == 1
     assert sentence in done.stdout
     assert f"smoke: failed: {step}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_smoke_that_is_ended_in_training_leaves_nothing_and_another_goes_on(
+    number: signal.Signals, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two processes of each are training over gloo when one of the tests is ended."""
+    settings["trainer"] |= {"strategy": "ddp", "devices": 2}
+    path = write(settings, tmp_path)
+    places = [tmp_path / "ended", tmp_path / "other"]
+    command = [sys.executable, "-m", "qlora_pl", "smoke", "--offline", "--config", str(path)]
+    processes = []
+    for place in places:
+        place.mkdir()
+        variables = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(place)}
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=variables | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                text=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )
+        )
+    ended, other = processes
+    while not list(places[0].glob("*/runs/smoke/version_0/metrics.csv")):
+        assert ended.poll() is None
+        time.sleep(0.05)
+    (folder,) = places[0].iterdir()
+    assert len(processes_of(folder)) >= 2
+    ended.send_signal(number)
+    ended.communicate(timeout=60)
+    given_up = time.monotonic() + 20
+    while list(places[0].iterdir()) and time.monotonic() < given_up:
+        time.sleep(0.05)
+    assert list(places[0].iterdir()) == []
+    assert processes_of(folder) == []
+    out, _ = other.communicate(timeout=600)
+    assert other.returncode == 0, out
+    assert list(places[1].iterdir()) == []
 
 
 @pytest.mark.slow

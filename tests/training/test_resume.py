@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,15 @@ def uninterrupted(
     return get
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, rows_file: Path) -> Path:
+    """The folder of a run that was killed after its third micro-batch, to be copied."""
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.raises(Killed):
+        run(folder, tiny_base, rows_file, kill_at=3)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("accumulation", "kills"),
     [
@@ -199,19 +209,22 @@ def test_a_checkpoint_loads_with_weights_only_and_holds_nothing_of_the_base(
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_name(
-    tmp_path: Path, tiny_base: Path, rows_file: Path, changes: dict[str, Any], named: str
+    killed: Path,
+    tmp_path: Path,
+    tiny_base: Path,
+    rows_file: Path,
+    changes: dict[str, Any],
+    named: str,
 ) -> None:
-    with pytest.raises(Killed):
-        run(tmp_path, tiny_base, rows_file, kill_at=3)
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     with pytest.raises(CheckpointError, match=named):
         run(tmp_path, tiny_base, rows_file, resume=True, **changes)
 
 
 def test_a_folder_that_holds_another_run_is_not_written_to(
-    tmp_path: Path, tiny_base: Path, rows_file: Path
+    killed: Path, tmp_path: Path, tiny_base: Path, rows_file: Path
 ) -> None:
-    with pytest.raises(Killed):
-        run(tmp_path, tiny_base, rows_file, kill_at=3)
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ConfigurationError, match="never overwritten"):
         run(tmp_path, tiny_base, rows_file)
