@@ -169,7 +169,7 @@ MAY_USE: dict[str, set[str]] = {
     "benching.device_speed": {"torch", "bitsandbytes"},
     "benching.timer": {"torch", "lightning", "bitsandbytes", "peft"},
     "benching.peers": {"torch", "transformers", "peft", "datasets"},
-    "benching.worker": {"numpy", "transformers", "tokenizers"},
+    "benching.worker": {"safetensors", "transformers", "tokenizers"},
     "benching.command": set(),
     "benching.against": set(),
     "benching.settings": set(),

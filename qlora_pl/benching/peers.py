@@ -130,7 +130,7 @@ def run_trl(
         model=_load(base, workload, device),
         args=arguments,
         train_dataset=Dataset.from_dict(columns),
-        processing_class=AutoTokenizer.from_pretrained(base),
+        processing_class=AutoTokenizer.from_pretrained(base, trust_remote_code=False),
         peft_config=_lora(workload),
     )
     trainer.train()

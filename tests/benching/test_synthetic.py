@@ -190,7 +190,7 @@ def test_memory_above_the_packed_size_does_not_grow_with_the_layers(
         print(number, "layers:", most, held, packed, weights)
         assert held < 1.25 * packed + 2**22
     assert above[1] - above[0] < 30e6 * (width / 512) ** 2
-    assert most - packed < BOUND * weights / LLAMA_7B
+    assert most - packed < BOUND * weights / LLAMA_7B + 2**25  # what does not grow with weights
 
 
 @pytest.mark.slow

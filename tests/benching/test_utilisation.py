@@ -65,9 +65,10 @@ def test_products_of_a_real_step_are_those_that_torch_counts(
 ) -> None:
     """Source: torch's FlopCounterMode over forward and backward; attention's products apart.
 
-    What the formula counts too much, exactly: the input of the first layer has no gradient, so that
-    its queries, keys and values multiply once less, frozen and adapted; and a layer's second
-    forward pass may stop before its last product, an adapter's, whose result nobody needs.
+    What the formula counts too much, exactly. Kept: the input of the first layer has no gradient,
+    so that its queries, keys and values multiply once less, frozen and adapted. Recomputed: that
+    input has one, or nothing would be computed again; and a layer's second forward pass stops
+    before its last product, an adapter's, whose result nobody needs.
     """
     batch = two_rows()
     base = load(tiny_base, quant_type="none").model
@@ -82,5 +83,5 @@ def test_products_of_a_real_step_are_those_that_torch_counts(
     step = StepContent(48, trained, 48, 2, 0)
     formula = hardware_operations(cost, step, recomputes)
     first = 2 * 48 * ((64 + 32 + 32) * 64 + 3 * 4 * 64)
-    last = 2 * 48 * (2 * 4 * 64) if recomputes else 0
-    assert 0 <= formula - first - counted <= last
+    last = 2 * 48 * (2 * 4 * 64)
+    assert formula - counted == (last if recomputes else first)
