@@ -15,7 +15,7 @@ LLAMA_CPP := $(shell grep '^llama-cpp-python==' constraints.txt)
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all llama-cpp test-oldest test-gpu gpu-checks faults lint docs docs-check clean
+.PHONY: help quickstart test test-all llama-cpp test-oldest test-gpu gpu-checks gpu-bench faults lint docs docs-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ test-gpu: $(VENV)/dev.done  ## those that need a GPU
 
 gpu-checks: $(VENV)/dev.done  ## everything that only a GPU can show, on one of them, within 9 minutes
 	$(BIN)/python benchmarks/gpu_checks.py
+
+gpu-bench: $(VENV)/dev.done  ## everything that one GPU is measured for, within 8 minutes on one of 139 GiB
+	$(BIN)/qlora-pl bench --protocol gpu --out benchmarks/results
 
 test-oldest:  ## the tests with the oldest supported transformers, in an environment of its own
 	$(MAKE) test VENV=.venv-oldest OLDEST=1

@@ -2,8 +2,9 @@
 
     python benchmarks/drawing.py --shapes llama-1b llama2-7b [--out benchmarks/results/NAME.json]
 
-Each shape in a process of its own; anonymous memory is read ten times a second, above what the
-imports hold. On a CPU a 7B takes some minutes.
+Each shape in a process of its own. Memory is what comes above the imports: the peak of the resident
+set as the system counts it, and anonymous memory as read ten times a second. On a CPU a 7B takes
+some minutes.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ def draw(shape: str) -> dict[str, Any]:
     import torch
     from transformers import LlamaForCausalLM  # noqa: F401
 
+    from qlora_pl.benching.clock import PeakMemory as ResidentPeak
+    from qlora_pl.benching.clock import resident_bytes
     from qlora_pl.benching.surroundings import describe_surroundings
-    from qlora_pl.benching.synthetic import draw_base, write_config
+    from qlora_pl.benching.synthetic import draw_base, drawing_seconds, write_config
     from qlora_pl.modeling.base.quantization import QuantizationConfig
     from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
     from qlora_pl.modeling.loading.packed_model import named_tensors
@@ -42,21 +45,30 @@ def draw(shape: str) -> dict[str, Any]:
         skeleton = build_skeleton(folder)
         plan = plan_quantization(skeleton, config)
         before = describe_surroundings()
+        weights = sum(p.numel() for p in skeleton.parameters())
+        told = drawing_seconds(weights, config, device)
+        resident, resident_before = ResidentPeak(torch.device("cpu")), resident_bytes()
+        resident.reset()
         memory = PeakMemory([os.getpid()])
         began = time.perf_counter()
         with memory.watch():
             base = draw_base(folder, config, plan, device=device)
         seconds = time.perf_counter() - began
         held = memory.held
+    most = resident.peak()["resident"] - resident_before
     stored = sum(t.numel() * t.element_size() for _, t in named_tensors(base.model))
+    on_host = stored if device.type == "cpu" else 0
     return {
         "shape": shape,
-        "weights": sum(p.numel() for p in skeleton.parameters()),
+        "weights": weights,
         "stored_bytes": stored,
         "seconds": seconds,
+        "seconds_told_beforehand": told,
+        "host_peak_resident_bytes": most,
+        "host_peak_resident_above_stored_bytes": most - on_host,
         "host_peak_bytes": memory.peak,
         "host_held_bytes": held,
-        "host_peak_above_stored_bytes": memory.peak - (stored if device.type == "cpu" else 0),
+        "host_peak_above_stored_bytes": memory.peak - on_host,
         "environment": before,
     }
 

@@ -167,4 +167,8 @@ CASES = [
     Case(model="t5", setting={"has_mask": True}),
     Case(model="t5", setting={"has_mask": True, "gradient_checkpointing": True}),
     Case(model="t5", setting={"attention": "eager", "has_mask": True, "dropout": 0.05}),
+    Case(model="llama", setting={"method": "dora", "dropout": 0.1}),
+    Case(
+        model="llama", setting={"quant_type": "none", "method": "none", "compute_dtype": "float16"}
+    ),
 ]

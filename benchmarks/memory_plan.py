@@ -102,8 +102,10 @@ def table(comparisons: Sequence[dict[str, Any]]) -> str:
 def summary(comparisons: Sequence[dict[str, Any]]) -> str:
     """How far the plan is off over all cases of a results file, as a sentence."""
     exact = all(said == counted for case in comparisons for said, counted in case["exact"].values())
-    kept, peaks = ([case[name] for case in comparisons] for name in ("error", "peak_error"))
-    within = sum(abs(error) <= 0.01 for error in peaks)
+    kept, peaks = (  # + 0.0: of -0.0, which is none
+        [round(case[name], 3) + 0.0 for case in comparisons] for name in ("error", "peak_error")
+    )
+    within = sum(abs(case["peak_error"]) <= 0.01 for case in comparisons)
     equal = "equal to the byte in all" if exact else "NOT equal in all"
     return (
         f"Of {len(comparisons)} settings, weights, constants, adapters, gradients and state are "

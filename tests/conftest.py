@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -54,11 +55,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not comes_first(item.nodeid))
 
 
+LOGGERS = ("qlora_pl", "lightning.pytorch", "lightning.fabric")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_old_is_looked_through() -> None:
     """A ``gc.collect()`` of the project takes half a second over all that the libraries define."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def what_a_command_says_aloud_is_its_own_affair() -> Iterator[None]:
+    """Commands that run in this process set how much loggers tell; the next test hears all."""
+    before = {name: logging.getLogger(name).level for name in LOGGERS}
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)

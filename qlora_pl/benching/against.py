@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 import subprocess
 import sys
@@ -88,12 +87,9 @@ def run_worker(backend: str, folder: Path) -> dict[str, Any]:
         TrainingStoppedError: if it failed otherwise.
     """
     words = [sys.executable, "-m", "qlora_pl", "bench", "--worker", backend, str(folder)]
-    variables = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_WAIT_POLICY": "passive"}
     # What is said goes to a file: a full pipe would stop the process that is measured.
     with (folder / f"{backend}.log").open("w+") as log:
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables | os.environ
-        )
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         log.seek(0)
         said = log.read().strip().splitlines()
     if done.returncode == 0:

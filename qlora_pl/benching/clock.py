@@ -70,6 +70,11 @@ class StepClock:
         """Whether every step that was to be timed has been."""
         return self._num_steps >= self.timing.warmup + self.timing.num_timed
 
+    @property
+    def is_timing(self) -> bool:
+        """Whether the step that goes on is one of the timed."""
+        return self.timing.warmup <= self._num_steps and not self.is_done
+
     def seconds(self) -> list[float]:
         """Of each timed step; loading its rows is part of it."""
         pairs = zip(self._marks, self._marks[1:], strict=False)

@@ -21,8 +21,8 @@ from qlora_pl.inference.flags import Flags
 DESCRIPTION = """Trains a few steps and measures: tokens/s, MFU and HFU, peak memory, time by part,
 with a sentence of advice. Either a run of your own (--config FILE, with any key of `qlora-pl fit`),
 or a known shape with random weights and rows (--shape NAME), which needs no download."""
-PROGRAMS = {"hf": ("transformers", "peft"), "trl": ("trl",)}
-"""Whom a shape can be measured against, and the packages that it takes."""
+PROGRAMS = {"hf": "transformers", "trl": "trl"}
+"""Whom a shape can be measured against, and the package that it is."""
 MODES = ("shape", "config", "protocol")
 WORKER = "--worker"
 """How a comparison starts its processes; for nobody else."""
@@ -120,11 +120,11 @@ def refuse_missing(program: str) -> None:
     Raises:
         ConfigurationError: with the command that installs it.
     """
-    for package in PROGRAMS[program]:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigurationError(
-                f"--against {program}: {package} is not installed; `pip install {package}`."
-            )
+    package = PROGRAMS[program]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigurationError(
+            f"--against {program}: {package} is not installed; run: pip install 'qlora-pl[bench]'"
+        )
 
 
 def _tell(record: dict[str, Any], out: Path | None, as_json: bool, report: Any = None) -> int:

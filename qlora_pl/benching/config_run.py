@@ -13,10 +13,11 @@ import tempfile
 from contextlib import redirect_stdout
 from typing import Any
 
-from qlora_pl.benching.measuring import hush_lightning, record_of
 from qlora_pl.benching.prediction import plan_of_run
+from qlora_pl.benching.record import record_of
 from qlora_pl.benching.settings import Timing
 from qlora_pl.benching.timer import StepTimer
+from qlora_pl.benching.training import hush_lightning
 from qlora_pl.cli import QLoRACLI
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.modeling.base.quantization_plan import build_skeleton

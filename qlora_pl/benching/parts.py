@@ -52,6 +52,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 """Parts of an operation's name in lower case, the first class that has one counting."""
 DATA_LOADER = "enumerate(dataloader)"
+ROWS = "qlora_pl::rows"
+"""Around the reading of rows between epochs."""
 OPTIMIZER = "optimizer.step"
 WAITING = ("autograd::engine", MICRO_BATCH.lower(), OPTIMIZER)
 """Whose own time is Python's and the engine's, between operations."""
@@ -134,7 +136,7 @@ def part_of(event: Any) -> str:
     inner: str | None = None
     while event is not None:
         name = event.name.lower()
-        if name.startswith(DATA_LOADER):
+        if name.startswith((DATA_LOADER, ROWS)):
             return "data"
         if name.startswith(OPTIMIZER):
             return inner if inner == "communication" else "optimizer"

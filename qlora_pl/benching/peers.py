@@ -15,9 +15,10 @@ import torch
 
 from qlora_pl.batch import IGNORE_INDEX
 from qlora_pl.benching.clock import StepClock
-from qlora_pl.benching.measuring import ALPHA, chosen_device
+from qlora_pl.benching.device import chosen_device
 from qlora_pl.benching.rows import PAD_ID
 from qlora_pl.benching.settings import Timing, Workload
+from qlora_pl.benching.training import ALPHA
 from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.modeling.base.quantization import resolve_compute_dtype
 from qlora_pl.modeling.optimization.optimizers import OptimizerConfig
@@ -129,7 +130,7 @@ def run_trl(
         model=_load(base, workload, device),
         args=arguments,
         train_dataset=Dataset.from_dict(columns),
-        processing_class=AutoTokenizer.from_pretrained(base),
+        processing_class=AutoTokenizer.from_pretrained(base, trust_remote_code=False),
         peft_config=_lora(workload),
     )
     trainer.train()

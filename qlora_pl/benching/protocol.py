@@ -7,10 +7,13 @@ What fails or takes too long does not stop the others; the record is written ane
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,20 +141,43 @@ def run_protocol(name: str, out: Path, only: list[str] | None, is_rehearsal: boo
     path = out / f"{kind}-{datetime.now(UTC):%Y-%m-%d}.json"
     results: dict[str, Any] = {
         one.name: {"title": one.title, "outcome": "not run"} for one in chosen
+    } | _taken_before(path)
+    record = {
+        "record": RECORD,
+        "is_rehearsal": is_rehearsal,
+        "environment": surroundings(),
+        "measurements": results,
     }
-    record = {"record": RECORD, "is_rehearsal": is_rehearsal, "measurements": results}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="qlora-pl-bench-") as temporary:
         folder = Path(temporary)
         write_json(folder / "tiny" / "config.json", TINY)
         for one in chosen:
             words = one.rehearsed(folder / "tiny") if is_rehearsal else one.words()
-            results[one.name] |= measure(one, words, folder)
+            results[one.name] = {"title": one.title} | measure(one, words, folder)
             record["seconds"] = round(time.perf_counter() - began, 1)
             write_json(path, record)
             print(_line(one, results[one.name]), flush=True)
     print(f"bench: {path}")
-    return 0 if all(found["outcome"] == "measured" for found in results.values()) else 1
+    return 0 if all(results[one.name]["outcome"] == "measured" for one in chosen) else 1
+
+
+def surroundings() -> dict[str, Any]:
+    """Date, device and versions, asked in a process that ends: this one takes nothing of a GPU."""
+    words = [sys.executable, "-m", "qlora_pl.benching.surroundings"]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _taken_before(path: Path) -> dict[str, Any]:
+    """Measurements of the same day: each has its own surroundings, and none is thrown away."""
+    try:
+        record = json.loads(path.read_text())
+        found: dict[str, Any] = record["measurements"] if record["record"] == RECORD else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found
 
 
 def measure(one: Measurement, words: list[str], folder: Path) -> dict[str, Any]:
@@ -159,18 +185,24 @@ def measure(one: Measurement, words: list[str], folder: Path) -> dict[str, Any]:
     out, log = folder / f"{one.name}.json", folder / f"{one.name}.log"
     began = time.perf_counter()
     command = [sys.executable, "-m", "qlora_pl", "bench", *words, "--out", str(out)]
-    try:
-        with log.open("w") as file:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=one.limit_seconds,
-            )
-        outcome = "measured" if done.returncode == 0 else f"failed with exit code {done.returncode}"
-    except subprocess.TimeoutExpired:
-        outcome = f"not done in {one.limit_seconds:.0f} s"
+    with log.open("w") as file:
+        # A session of its own: a comparison's own processes end with it, and leave the GPU.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(one.limit_seconds)
+            outcome = "measured" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            outcome = f"not done in {one.limit_seconds:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     found: dict[str, Any] = {
         "outcome": outcome,
         "words": words,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 Record = Mapping[str, Any]
+WORTH_A_LINE = 0.01
+"""Share of the timed steps."""
 
 
 def report(record: Record) -> str:
@@ -44,6 +46,8 @@ def report(record: Record) -> str:
         for name, value in record["parts"]["seconds"].items():
             share = record["parts"]["shares"][name]
             lines.append(f"    {name:15}{share:6.1%}  {seconds(value)}")
+    if (read := record["reading_ratio"]) >= WORTH_A_LINE:
+        lines.append(f"  of the timed steps {read:.1%} were reading of rows between epochs")
     lines += ["", f"bench: {record['advice']}"]
     return "\n".join([*lines, *warnings(record)])
 

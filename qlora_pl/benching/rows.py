@@ -104,7 +104,7 @@ class DrawnData(LightningDataModule):
     def __init__(self, rows: EncodedRows, workload: Workload) -> None:
         super().__init__()
         self.rows, self.workload = rows, workload
-        self.packing = workload.packing
+        self.packing = self.is_packed = workload.packing
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches in their order."""

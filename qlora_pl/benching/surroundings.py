@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -94,3 +95,7 @@ def _cpu_lines(name: str) -> Any:
     except OSError:
         lines = []
     return (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe_surroundings()))

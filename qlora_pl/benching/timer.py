@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qlora_pl.benching.clock import StepClock, resident_bytes
-from qlora_pl.benching.parts import MICRO_BATCH, Parts, time_by_part
+from qlora_pl.benching.parts import MICRO_BATCH, ROWS, Parts, time_by_part
 from qlora_pl.benching.settings import Timing
 from qlora_pl.modeling.compute import ComputeCost, compute_cost
 from qlora_pl.modeling.steps.step import StepStatistics
@@ -32,15 +32,24 @@ class StepTimer(Callback):
         self.statistics: list[StepStatistics] = []
         """Of every step, warm-up included."""
         self.parts: Parts | None = None
-        self.bytes_before = resident_bytes()
-        """Of this process, before its base is loaded."""
+        self.bytes_before = 0
+        """Of this process, with all libraries and before its base is loaded."""
         self._begun = time.perf_counter()
         self.setup_seconds = 0.0
         """From here to the first step: base, adapters, and whatever a run does before it."""
         self.first_step_seconds = 0.0
+        self.reading_seconds = 0.0
+        """Of the timed steps, for rows that are read between epochs (``data.window``)."""
         self._last_step = 0
         self._profiler: Any = None
         self._profile_began = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read what there is before the base is, libraries that it brings along included."""
+        import bitsandbytes  # noqa: F401 (slow to import)
+        import peft  # noqa: F401
+
+        self.bytes_before = resident_bytes()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count what a step is made of, and begin."""
@@ -50,6 +59,7 @@ class StepTimer(Callback):
         self.setup_seconds = time.perf_counter() - self._begun
         self._begun = time.perf_counter()
         self._last_step = trainer.global_step
+        self._watch_rows(trainer)
         self.clock.begin()
 
     def on_train_batch_end(
@@ -78,11 +88,27 @@ class StepTimer(Callback):
         """A run that ended before its time is profiled no longer."""
         if self._profiler is not None:
             self._end_profile(trainer)
+        vars(trainer.datamodule).pop("train_dataloader", None)  # type: ignore[attr-defined]
 
     @property
     def timed(self) -> list[StepStatistics]:
         """What the timed steps were made of."""
         return self.statistics[self.timing.warmup :]
+
+    def _watch_rows(self, trainer: Any) -> None:
+        """Time what a data module reads between epochs, which no loader's operation shows."""
+        clock, make = self.clock, trainer.datamodule.train_dataloader
+        assert clock is not None
+
+        def watched() -> Any:
+            began = time.perf_counter()
+            with torch.profiler.record_function(ROWS):
+                loader = make()
+            if clock.is_timing:
+                self.reading_seconds += time.perf_counter() - began
+            return loader
+
+        trainer.datamodule.train_dataloader = watched
 
     # -- the profile -----------------------------------------------------------------------------
 

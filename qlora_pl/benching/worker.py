@@ -10,25 +10,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from qlora_pl.benching.clock import summary
-from qlora_pl.benching.measuring import (
-    chosen_device,
-    limit_memory,
-    refuse_misfit,
-    settings_of,
-    train_module,
-)
+from qlora_pl.benching.device import chosen_device, limit_memory
+from qlora_pl.benching.fitting import refuse_misfit
 from qlora_pl.benching.rows import PAD_ID, draw_rows, training_batches
 from qlora_pl.benching.settings import Timing, Workload
 from qlora_pl.benching.shapes import shape_named
 from qlora_pl.benching.surroundings import describe_surroundings
 from qlora_pl.benching.synthetic import draw_base, write_config
+from qlora_pl.benching.training import settings_of, train_module
 from qlora_pl.data.rows.encoded_rows import EncodedRows
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.base.quantization_plan import build_skeleton, plan_quantization
 from qlora_pl.modeling.module import QLoRAModule
+
+ROWS = "rows.safetensors"
 
 
 def work(backend: str, folder: Path) -> int:
@@ -50,8 +48,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Write a base that every program loads as it is, and the rows of every step.
 
-    ``base/``: packed safetensors in transformers' format. ``rows.npz``: tokens. ``steps.json``: the
-    rows of each step, by micro-batch and line.
+    ``base/``: packed safetensors in transformers' format. ``rows.safetensors``: tokens.
+    ``steps.json``: the rows of each step, by micro-batch and line.
 
     Raises:
         ConfigurationError: if the other program could not cut every step as it is asked to.
@@ -67,14 +65,8 @@ def prepare(
     vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
     num_steps = timing.num_steps
     rows = draw_rows(workload, vocabulary, num_steps)
-    np.savez(
-        folder / "rows.npz",
-        input_ids=rows.input_ids,
-        is_trained=rows.is_trained,
-        starts=rows.starts,
-        lengths=rows.lengths,
-        num_trained=rows.num_trained,
-    )
+    columns = ("input_ids", "is_trained", "starts", "lengths", "num_trained")
+    save_file({name: getattr(rows, name) for name in columns}, folder / ROWS)
     batches = training_batches(rows, workload)
     steps: list[list[list[list[int]]]] = [[] for _ in range(num_steps)]
     for position in range(num_steps * workload.accumulation):
@@ -92,8 +84,7 @@ def prepare(
 
 def read_rows(folder: Path) -> EncodedRows:
     """The rows that were prepared."""
-    with np.load(folder / "rows.npz") as arrays:
-        return EncodedRows(**{name: arrays[name] for name in arrays.files})
+    return EncodedRows(**load_file(folder / ROWS))
 
 
 def measure_own(folder: Path, workload: Workload, timing: Timing) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def answer(asked: Sequence[str], catalogue: Catalogue) -> Said:
     if not rest:
         return of_commands(commands, catalogue) if commands and not is_run else of_groups(catalogue)
     word = rest[0]
-    if commands and not (is_run and _names_a_key(word, catalogue)):
+    flags = {flag.name for flag in catalogue.flags if set(commands) & set(flag.commands)}
+    if commands and (not is_run or flags & set(_spellings(word))):
         return _flag(word, commands, catalogue)
     return _key_or_group(word, catalogue)
 

@@ -66,7 +66,7 @@ def _wants_chat(run: Any) -> bool:
 def _whole_config(base: BaseFiles) -> dict[str, Any]:
     from transformers import AutoConfig  # slow to import
 
-    config = AutoConfig.from_pretrained(base.folder)
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     return {**config.get_text_config().to_dict(), "model_type": base.config.get("model_type")}
 
 

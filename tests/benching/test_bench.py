@@ -6,31 +6,20 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_runs
 import pytest
 import torch
-from typed import type_words
+from bench_runs import FEW, SMALL, Bench, refused
 
 from qlora_pl.benching.measuring import LARGE_SETUP
 from qlora_pl.benching.parts import PARTS
-from qlora_pl.benching.protocol import MEASUREMENTS, TINY
+from qlora_pl.benching.protocol import TINY
 
+bench = bench_runs.bench
 pytestmark = [pytest.mark.filterwarnings("ignore:.*")]  # whole runs in this process
-
-Bench = Callable[..., tuple[int, str, str]]
-FEW = ("--warmup", 1, "--steps", 2, "--profiled", 1)
-SMALL = ("--tokens-per-micro", 128, "--seq", 64, "--r", 8)
-
-
-@pytest.fixture
-def bench(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Bench:
-    monkeypatch.chdir(tmp_path)
-    return lambda *words: type_words(monkeypatch, capfd, "bench", *words)
 
 
 def test_a_shape_is_measured_from_nothing_but_its_sizes(bench: Bench, tmp_path: Path) -> None:
@@ -86,18 +75,20 @@ def test_a_users_run_is_measured_with_its_own_words(
     assert not (tmp_path / "runs").exists()
 
 
-def refused(result: tuple[int, str, str]) -> str:
-    code, out, err = result
-    assert code == 2, (out, err)
-    assert out == ""
-    assert "Traceback" not in err
-    return err
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--shape", "llama2-7"), "llama2-7b"),
+        (("--shape", "qwen2.5-7"), "qwen2.5-7b"),
+        (("--shape",), "--shape: expected one argument"),
+        (("--shape", "llama-1b", "--seq", 0), "--seq: must be at least 8, got 0"),
+        (
+            ("--shape", "llama-1b", "--tokens-per-micro", 0),
+            "--tokens-per-micro: must be at least 1",
+        ),
+        (("--shape", "llama-1b", "--accumulation", 0), "--accumulation: must be at least 1"),
+        (("--shape", "llama-1b", "--repeats", 0), "--repeats: must be at least 1"),
+        (("--shape", "llama-1b", "--steps", "many"), "--steps"),
         (("--shape", "llama-1b", "--tokens-per-micro", 1000), "no multiple of --seq 512"),
         (("--shape", "llama-1b", "--tokens-per-micro", 100), "take 512, or lower --seq"),
         (("--shape", "llama-1b", "--steps", 0), "--steps: must be at least 1"),
@@ -111,6 +102,9 @@ def refused(result: tuple[int, str, str]) -> str:
         (("--shape", "llama-1b", "--out", "no/file"), "make it first"),
         (("--shape", "llama-1b", "--config", "x.yaml"), "two things to measure"),
         (("--steps", 3), "say what to measure"),
+        (("--config", "no.yaml"), "no.yaml"),
+        (("--config", "."), "."),
+        (("--config",), "--config"),
         (("--config", "run.yaml", "--tokens-per-micro", 8), "belongs to --shape"),
         (("--config", "run.yaml", "--step", 8), "did you mean '--steps'"),
         (("--protocol", "gpu"), "name a folder"),
@@ -119,9 +113,7 @@ def refused(result: tuple[int, str, str]) -> str:
     ids=str,
 )
 def test_a_mistake_is_one_sentence(bench: Bench, words: Any, said: str) -> None:
-    err = refused(bench(*words))
-    assert said in err
-    assert len(err.splitlines()) == 1
+    assert said in refused(bench(*words))
 
 
 def test_rows_longer_than_the_models_positions_are_refused(bench: Bench) -> None:
@@ -154,7 +146,7 @@ def test_a_program_that_is_not_installed_is_named_with_its_command(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else name)
     err = refused(bench("--shape", "llama-1b", "--against", "trl"))
-    assert "trl is not installed; `pip install trl`" in err
+    assert "trl is not installed; run: pip install 'qlora-pl[bench]'" in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -168,7 +160,7 @@ def test_what_only_a_gpu_can_do_is_refused_without_one(bench: Bench, tmp_path: P
 def test_weights_that_do_not_fit_are_refused_before_any_is_drawn(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_pl.benching.measuring.free_bytes", lambda device: 10**10)
+    monkeypatch.setattr("qlora_pl.benching.fitting.free_bytes", lambda device: 10**10)
     err = refused(bench("--shape", "llama2-70b"))
     assert "take 3" in err
     assert "10.0 GB are free" in err
@@ -215,58 +207,18 @@ def test_mistakes_are_told_without_importing_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.slow
-def test_transformers_trains_on_the_same_rows_to_the_same_losses(
-    bench: Bench, tiny_base: Path
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: [", "run.yaml"),
+        ("model:\n  lora:\n    rank: 8\n", "rank"),
+        ("just words", "run.yaml"),
+        ("\x00", "run.yaml"),
+    ],
+    ids=repr,
+)
+def test_a_run_file_that_cannot_be_read_is_refused_as_by_fit(
+    bench: Bench, tmp_path: Path, text: str, said: str
 ) -> None:
-    """The same packed file and tokens in processes of their own; adapters start elsewhere."""
-    words = ("--shape", tiny_base, *SMALL, "--warmup", 1, "--steps", 2, "--accumulation", 2)
-    code, out, err = bench(*words, "--against", "hf", "--json")
-    assert code == 0, err
-    record = json.loads(out)
-    assert record["losses_agree"]
-    ours, theirs = record["turns"]["qlora_pl"], record["turns"]["hf"]
-    assert len(ours) == len(theirs) == 2
-    assert ours[0]["tokens_of_steps"] == theirs[0]["tokens_of_steps"]
-    assert len(theirs[0]["losses"]) == 3
-    assert (record["ratio"] is None) == (record["refused"] is not None)
-
-
-@pytest.mark.slow
-def test_a_step_can_be_cut_otherwise_for_the_other_program(bench: Bench, tiny_base: Path) -> None:
-    words = ("--shape", tiny_base, "--tokens-per-micro", 512, "--seq", 64, "--r", 8)
-    words += ("--warmup", 1, "--steps", 1, "--lengths", "alpaca")
-    code, out, err = bench(*words, "--against", "hf", "--against-accumulation", 3, "--json")
-    assert code == 0, err
-    record = json.loads(out)
-    assert record["their_micro_batches"] == 3
-    assert record["losses_agree"]
-    err = refused(bench(*words, "--against", "hf", "--against-accumulation", 500))
-    assert "cannot be cut into 500 micro-batches" in err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [one.name for one in MEASUREMENTS if "trl" not in one.name])
-def test_the_protocol_is_rehearsed(bench: Bench, name: str, tmp_path: Path) -> None:
-    code, out, _ = bench("--protocol", "gpu", "--rehearse", "--out", tmp_path, "--only", name)
-    [path] = tmp_path.glob("bench-gpu-rehearsal-*.json")
-    record = json.loads(path.read_text())
-    assert record["is_rehearsal"]
-    assert list(record["measurements"]) == [name]
-    found = record["measurements"][name]
-    assert found["outcome"] == "measured", found
-    assert found["result"]["record"].startswith("qlora-pl bench")
-    assert code == 0
-    assert str(path) in out
-
-
-def test_a_measurement_that_fails_or_takes_too_long_is_kept_with_what_it_said(
-    tmp_path: Path,
-) -> None:
-    from qlora_pl.benching.protocol import Measurement, measure
-
-    wrong = measure(Measurement("a", "", "x", 8, 60.0), ["--shape", "lama"], tmp_path)
-    assert wrong["outcome"] == "failed with exit code 2"
-    assert "no model 'lama' is known" in wrong["said"]
-    slow = measure(Measurement("b", "", "x", 8, 0.01), ["--shape", "llama-1b"], tmp_path)
-    assert slow["outcome"].startswith("not done in")
+    (tmp_path / "run.yaml").write_text(text)
+    assert said in refused(bench("--config", "run.yaml"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_pl.benching.advice import advice
+from qlora_pl.benching.advice import InUse, advice
 from qlora_pl.benching.against import OWN, comparison, comparison_report
 from qlora_pl.benching.clock import StepClock, summary
 from qlora_pl.benching.figures import (
@@ -106,32 +106,74 @@ PARTS = dict.fromkeys(
 )
 
 
+def advised(
+    use: InUse | None = None, reserved: int = 90, padding: float = 0.0, **parts: float
+) -> str:
+    """Advice on a step of such parts; the rest of it is element-wise work and products."""
+    shares = PARTS | {"element-wise": 0.1, "GEMM": 0.0} | parts
+    record = {
+        "speed": {"padding_ratio": padding},
+        "parts": {"shares": shares},
+        "compute": {"hfu": 0.5},
+        "memory": {"of_timed_steps": {"reserved": reserved, "card": 100}},
+    }
+    return advice(record, use or InUse(kind="cuda", recomputes=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"padding": 0.4}, "data.packing"),
-        ({"data": 0.2}, "data.num_workers"),
+        ({"data": 0.2}, "set data.num_workers to 1 or more"),
         ({"communication": 0.4}, "accumulate_grad_batches"),
         ({"idle": 0.5}, "larger micro-batches"),
-        ({"optimizer": 0.3}, "model.optimizer.name"),
+        ({"optimizer": 0.3}, "model.optimizer.name: adamw_torch"),
         ({"dequantisation": 0.3}, "decodes weights"),
-        ({"attention": 0.6}, "data.max_length"),
-        ({"element-wise": 0.6}, "dropout"),
+        ({"attention": 0.6}, "data.max_length, or model.attn_implementation: flash_attention_2"),
         ({"GEMM": 0.9}, "GEMM (90%)"),
         ({"GEMM": 0.9, "reserved": 10}, "gradient_checkpointing: false"),
     ],
     ids=str,
 )
-def test_the_advice_follows_from_the_largest_loss(changes: dict[str, float], words: str) -> None:
-    shares = PARTS | {"element-wise": 0.1, "GEMM": 0.0}
-    shares |= {name: value for name, value in changes.items() if name in shares}
-    record = {
-        "speed": {"padding_ratio": changes.get("padding", 0.0)},
-        "parts": {"shares": shares},
-        "compute": {"hfu": 0.5},
-        "memory": {"of_timed_steps": {"reserved": changes.get("reserved", 90), "card": 100}},
-    }
-    assert words in advice(record, recomputes=True, kind="cuda")
+def test_the_advice_follows_from_the_largest_loss(changes: Any, words: str) -> None:
+    assert words in advised(**changes)
+
+
+def test_of_two_losses_the_one_further_above_its_usual_share_is_told() -> None:
+    """Usual are 5 % of data and 25 % of idling."""
+    assert "waits for rows" in advised(data=0.3, idle=0.4)
+    assert "larger micro-batches" in advised(data=0.1, idle=0.6)
+
+
+@pytest.mark.parametrize(
+    ("use", "changes", "words", "never"),
+    [
+        ({"window": 100}, {"data": 0.2}, "data.window: null", "num_workers"),
+        ({"num_workers": 2}, {"data": 0.2}, "raise data.num_workers above 2", "set data."),
+        ({"optimizer": "adamw_torch"}, {"optimizer": 0.3}, "a lower model.lora.r", "adamw_torch"),
+        ({"is_packed": True}, {"padding": 0.4, "GEMM": 0.9}, "GEMM (90%)", "packing"),
+        ({"kind": "cpu"}, {"attention": 0.6}, "a shorter data.max_length", "flash"),
+        ({"attention": "eager"}, {"attention": 0.6}, "attn_implementation: sdpa", "flash"),
+        ({"dropout": 0.1}, {"element-wise": 0.6}, "model.lora.dropout: 0", "bfloat16"),
+        ({"dtype": "float32"}, {"element-wise": 0.6}, "compute_dtype: bfloat16", "dropout"),
+        ({}, {"element-wise": 0.6}, "largest part of a step is element-wise", "set "),
+        ({"kind": "cpu", "dtype": "float32"}, {"element-wise": 0.6}, "largest part", "bfloat16"),
+        ({"kind": "cpu"}, {"idle": 0.6}, "Python and waiting", "GPU"),
+    ],
+    ids=str,
+)
+def test_nothing_is_advised_that_is_set_already_or_cannot_be(
+    use: Any, changes: Any, words: str, never: str
+) -> None:
+    said = advised(InUse(**({"kind": "cuda"} | use)), **changes)
+    assert words in said
+    assert never not in said
+
+
+def test_without_a_profile_only_padding_is_advised_on() -> None:
+    record = {"speed": {"padding_ratio": 0.4}, "parts": None}
+    assert "data.packing" in advice(record, InUse())
+    assert "--profiled 0" in advice(record, InUse(is_packed=True))
 
 
 def turn(rate: float, losses: list[float] | None = None, tokens: int = 100) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_a_check_that_hangs_in_this_process_is_left_behind(
     os.mkfifo(pipe)
     monkeypatch.setattr("qlora_pl.doctor.installation.packages.own", pipe.read_bytes)
     began = time.monotonic()
-    [finding] = run_here(_check("installation:python"), 0.5)
+    [finding] = run_here(_check("installation.packages:python"), 0.5)
     assert finding.found == "no answer within 0.5 s"
     assert time.monotonic() - began < 30
     pipe.write_bytes(b"")  # lets the thread go

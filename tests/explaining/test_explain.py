@@ -229,6 +229,7 @@ def test_a_key_is_found_by_its_name_or_by_an_end_that_it_alone_has(
         (["--tresholds"], " --threshold?"),
         (["mrege", "--threshold"], "no command is called 'mrege'; did you mean 'merge'?"),
         (["modle"], "or model?"),
+        (["fit", "--data.batch_sise"], "did you mean data.batch_size?"),
         (["r", "alpha"], "one key at a time"),
     ],
 )

@@ -106,13 +106,28 @@ def test_the_committed_counts_are_of_these_settings_and_this_plan(benchmark: Any
 
 
 MODULES = (tape, attention, layers, activations)
+UNNOTICED = {
+    tape.__name__: {
+        "self.keep(x)",  # of int8, whose adapters keep it too
+        "self.keep(self.new(x.size, x.item))",  # T5's norms where every weight is trained
+    }
+}
+"""Terms that no setting can tell or does."""
+
+
+NOT_COUNTED = "_generic"
+"""What is assumed of a family whose layers are not written down; no setting is of one."""
+LEAST = 1e-4
+"""Of what is kept, by which a term must bring the plan nearer to the count in some setting."""
 
 
 def terms(module: ModuleType) -> list[ast.Expr]:
     """The statements that say what is kept, in their order."""
     return [
         node
-        for node in ast.walk(ast.parse(Path(module.__file__ or "").read_text()))
+        for function in ast.walk(ast.parse(Path(module.__file__ or "").read_text()))
+        if isinstance(function, ast.FunctionDef) and function.name != NOT_COUNTED
+        for node in ast.walk(function)
         if isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Call)
         and isinstance(node.value.func, ast.Attribute)
@@ -153,14 +168,19 @@ def without(module: ModuleType, line: int) -> Iterator[None]:
 def test_a_term_that_is_missing_is_noticed_in_some_setting(
     module: ModuleType, benchmark: Any
 ) -> None:
+    def errors() -> list[float]:
+        return [
+            abs(kept_by_plan(case) / found["kept"][1] - 1)
+            for case, found in zip(benchmark.CASES, COUNTED, strict=True)
+        ]
+
+    usual = errors()
+    assert terms(module)
     unnoticed = []
     for term in terms(module):
         with without(module, term.lineno):
-            errors = [
-                kept_by_plan(case) / found["kept"][1] - 1
-                for case, found in zip(benchmark.CASES, COUNTED, strict=True)
-            ]
-        if max(map(abs, errors)) <= TOLERANCE:
+            worse = max(now - before for now, before in zip(errors(), usual, strict=True))
+        if worse <= LEAST:
             unnoticed.append(ast.unparse(term))
-    assert terms(module)
-    assert unnoticed == []
+    assert errors() == usual
+    assert set(unnoticed) == UNNOTICED.get(module.__name__, set())

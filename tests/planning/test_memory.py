@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,23 @@ def test_offloading_leaves_the_device_what_it_computes_with() -> None:
     assert plan.components["packed_weights"] == plan.components["paged_optimizer_state"] == 0
     assert plan.host["packed_weights"] > 16e9
     assert plan.total < 8e9
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "llama-65b", "llama3-8b", "mistral-7b"])
+def test_a_layer_keeps_what_the_page_says(name: str) -> None:
+    """docs/memory.md has the sum by hand: 171 kB a token for a 7B."""
+    shape, r, tokens = shape_of(name), 64, 512
+    setting = TrainingSetting(adapter_dtype="bfloat16", tokens_per_row=tokens, has_mask=False, r=r)
+    h, i, heads = shape.hidden_size, shape.mlp_size, shape.num_heads
+    k = shape.num_kv_heads / heads
+    by_hand = 16 * h + 4 * k * h + 8 * i + 14 * r + 4 * heads + 8
+    layer = plan_memory(shape, setting).activations.layers[1]
+    assert layer == tokens * by_hand
+    if name == "llama-7b":
+        assert by_hand == pytest.approx(171e3, rel=0.001)
+    wide = plan_memory(shape, replace(setting, adapter_dtype="float32")).activations.layers[1]
+    sides = sum(p.inputs + p.outputs for p in shape.linears)
+    assert wide - layer == 2 * r * sides
 
 
 def test_an_eager_kernel_grows_with_the_square_of_the_length() -> None:

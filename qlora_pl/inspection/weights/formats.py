@@ -118,7 +118,7 @@ def decoded(matrix: Tensor, formats: Sequence[Format]) -> Iterator[tuple[Format,
         formats: In any order; those of one code are worth giving together.
 
     Yields:
-        Each format with its ``(out, in)`` float32.
+        Each format with its ``(out, in)`` float32, which is the receiver's to change.
     """
     for (kind, block_size), group in groupby(formats, lambda f: (f.kind, f.block_size)):
         wanted = list(group)
@@ -154,22 +154,28 @@ def _through_int4(
     codebook = int4_codebook().to(matrix.device)
     # Some rows at a time, which hold whole blocks: plain torch takes 30 bytes a weight.
     pieces = [quantize_blockwise(rows, codebook, block_size) for rows in matrix.split(ROWS)]
+    codes = [codes for codes, _ in pieces]
     scales = torch.cat([scales for _, scales in pieces])
     for format in formats:
         kept = dequantize_absmax(double_quantize(scales)) if format.double_quant else scales
-        values = torch.empty_like(matrix)
-        places = values.split(ROWS)
-        of_each = kept.split([len(scales) for _, scales in pieces])
-        for (codes, _), some, place in zip(pieces, of_each, places, strict=True):
-            place.copy_(dequantize_blockwise(codes, some, codebook, block_size, torch.float32))
-        yield format, values
+        yield format, _looked_up(codes, kept, codebook, block_size)
+
+
+def _looked_up(codes: list[Tensor], scales: Tensor, codebook: Tensor, block_size: int) -> Tensor:
+    """Some rows' codes at a time -> the whole matrix."""
+    values = torch.empty(sum(map(len, codes)), codes[0].shape[1], device=scales.device)
+    of_each = scales.split([some.numel() // block_size for some in codes])
+    places = values.split([len(some) for some in codes])
+    for some, its, place in zip(codes, of_each, places, strict=True):
+        place.copy_(dequantize_blockwise(some, its, codebook, block_size, torch.float32))
+    return values
 
 
 def _through_int8(matrix: Tensor) -> Tensor:
     import bitsandbytes.functional as bnb  # slow to import
 
     codes, scales, _ = bnb.int8_vectorwise_quant(matrix.half())  # float16 is all that it takes
-    return codes.float() * scales.float()[:, None] / INT8_STEPS
+    return codes.float().mul_(scales.float()[:, None]).div_(INT8_STEPS)
 
 
 # -- what theory expects ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_pl.inspection.places import ModulePlace, place_modules
-from qlora_pl.inspection.weights.formats import Format, decoded
+from qlora_pl.inspection.weights.formats import ROWS, Format, decoded
 from qlora_pl.inspection.weights.normality import Normality, normality
 from qlora_pl.inspection.weights.opening import OpenBase
 from qlora_pl.merging.scored_rows import ScoredRow
@@ -114,12 +114,8 @@ def _measure_one(
     fitting = [f for f in formats if f.block_size is None or matrix.shape[1] % f.block_size == 0]
     errors = {}
     for format, kept in decoded(matrix, fitting):
-        difference = kept - matrix
-        errors[format.name] = FormatError(
-            squared_error=_squared_sum(difference),
-            largest_error=float(difference.abs().max()),
-            output_squared_error=_output_squared_sum(wide, difference),
-        )
+        errors[format.name] = _error_of(kept.sub_(matrix), wide)
+        del kept  # before the next is made: a large matrix is 180 MB
     return MatrixNumbers(
         module=module,
         place=place,
@@ -131,9 +127,18 @@ def _measure_one(
     )
 
 
+def _error_of(difference: Tensor, inputs: list[Tensor]) -> FormatError:
+    least, most = difference.aminmax()
+    return FormatError(
+        squared_error=_squared_sum(difference),
+        largest_error=max(-float(least), float(most)),
+        output_squared_error=_output_squared_sum(inputs, difference),
+    )
+
+
 def _squared_sum(matrix: Tensor) -> float:
     # Rows in float32, which is exact enough over some thousands, and then in float64.
-    return float(matrix.square().sum(dim=1).double().sum())
+    return sum(float(rows.square().sum(dim=1).double().sum()) for rows in matrix.split(ROWS))
 
 
 def _output_squared_sum(inputs: list[Tensor], matrix: Tensor) -> float | None:
