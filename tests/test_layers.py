@@ -231,6 +231,7 @@ LAYERS: dict[str, set[str]] = {
     "doctor": {"doctor", "allocator", "modeling", "files", "errors", "redaction", "__init__"},
     "explaining": {
         "explaining",
+        "ablation",
         "commands",
         "key_reference",
         "cli",

@@ -21,6 +21,7 @@ PARSERS = {
     "bench": "benching.command:all_flags",
     "inspect model": "inspection.weights.command:model_flags",
     "inspect adapter": "inspection.adapters.command:adapter_flags",
+    "ablate": "ablation.command:flags",
     "generate": "inference.generate:flags",
     "chat": "chat.command:flags",
     "serve": "serving.command:flags",
