@@ -129,6 +129,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
+def share_as_folder(path: Path) -> None:
+    """Let those read a file who may read its folder; safetensors makes files for one user alone."""
+    with suppress(OSError):  # some file systems have no modes
+        path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def write_folder_atomic(folder: Path, files: Mapping[str, bytes | str]) -> None:
     """Make a folder with these files, all of them or nothing.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qlora_pl.errors import TrainingStoppedError
 from qlora_pl.files import (
@@ -22,10 +23,12 @@ from qlora_pl.files import (
     serialize,
     sha256_bytes,
     sha256_file,
+    share_as_folder,
     write_atomic,
     write_folder_atomic,
     write_json,
 )
+from qlora_pl.merging.writing import write_shards
 
 FILES = {"a.json": "{}", "b.bin": b"\x00\xff", "deeper/c.txt": "é"}
 WRITTEN = {
@@ -182,3 +185,20 @@ def test_serialized_tensors_load_with_weights_only(tmp_path):
     loaded = torch.load(tmp_path / "x.pt", weights_only=True)
     assert loaded["weight"].tolist() == [0, 1, 2]
     assert loaded["step"] == 1
+
+
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o770, 0o660), (0o700, 0o600)])
+def test_a_file_is_read_by_those_who_may_read_its_folder(tmp_path, folder, file):
+    """Safetensors makes its files for one user alone, and a lab shares merged models and caches."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(folder)
+    save_file({"x": torch.zeros(1)}, tmp_path / "shared/x.safetensors")
+    share_as_folder(tmp_path / "shared/x.safetensors")
+    assert (tmp_path / "shared/x.safetensors").stat().st_mode & 0o777 == file
+
+
+def test_merged_weights_are_read_by_those_who_may_read_their_folder(tmp_path):
+    tmp_path.chmod(0o755)
+    write_shards(tmp_path, [{"x": torch.zeros(4)}])
+    [path] = tmp_path.glob("*.safetensors")
+    assert path.stat().st_mode & 0o777 == 0o644

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_pl.errors import ConfigurationError
+from qlora_pl.files import share_as_folder
 from qlora_pl.inference.source import KEY
 from qlora_pl.modeling.folders.adapter_folder import WEIGHTS, AdapterManifest
 from qlora_pl.modeling.folders.peft_folder import other_kind, read_config, read_tensors
@@ -57,6 +58,7 @@ class PlainAdapter:
         from safetensors.torch import save_file
 
         save_file(self.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        share_as_folder(folder / WEIGHTS)
         (folder / "adapter_config.json").write_text(json.dumps(self.config, indent=2) + "\n")
 
 

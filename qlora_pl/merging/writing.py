@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_pl.files import share_as_folder
+
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2**30
 """What a file holds at most, and so what waits in memory; a larger tensor has one of its own."""
@@ -54,6 +56,7 @@ def _write(folder: Path, place: int, waiting: dict[str, Tensor]) -> list[str]:
     from safetensors.torch import save_file
 
     save_file(waiting, _unnumbered(folder, place), metadata={"format": "pt"})
+    share_as_folder(_unnumbered(folder, place))
     names = list(waiting)
     waiting.clear()
     return names

@@ -25,6 +25,7 @@ from qlora_pl.files import (
     cache_root,
     sha256_bytes,
     sha256_file,
+    share_as_folder,
     temporary_folder,
     write_json,
 )
@@ -156,6 +157,7 @@ class PackedWriter:
 
         file = f"tensors-{len(self._digests) + 1:05d}.safetensors"
         save_file(self._waiting, self._folder / file)
+        share_as_folder(self._folder / file)
         self._digests[file] = sha256_file(self._folder / file)
         self._held |= dict.fromkeys(self._waiting, file)
         self._waiting.clear()
