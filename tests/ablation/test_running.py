@@ -188,6 +188,7 @@ def test_a_cell_that_diverges_does_not_stop_the_others(
     assert sorted(states) == ["finished", "not finite"], said
 
 
+@pytest.mark.slow
 def test_one_run_is_trained_in_a_process_of_its_own_and_found_again(
     tmp_path: Path, tiny_base: Path, rows: Path
 ) -> None:

@@ -7,6 +7,7 @@ finished, and what still runs by its lock.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -47,12 +48,11 @@ class SlurmExecutor:
             import submitit
         except ImportError as error:
             raise ConfigurationError(INSTALL) from error
-        try:
-            self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        except RuntimeError as error:
+        if cluster == "slurm" and shutil.which("sbatch") is None:
             raise ConfigurationError(
                 "--executor slurm: no sbatch is to be found here; log in where jobs are submitted."
-            ) from error
+            )
+        self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         own: dict[str, Any] = {"name": "qlora-pl-ablate"}
         if cluster == "slurm" and jobs is not None:
             own["slurm_array_parallelism"] = jobs
