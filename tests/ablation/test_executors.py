@@ -109,7 +109,10 @@ def test_settings_for_sbatch() -> None:
         sbatch_settings(["time=10:00"])
 
 
-def test_without_slurm_it_is_said_where_to_go(tmp_path: Path) -> None:
+def test_without_slurm_it_is_said_where_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigurationError, match="no sbatch is to be found here"):
         SlurmExecutor(tmp_path)
