@@ -19,7 +19,8 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown command": (
         ("deploy",),
         "no command is called 'deploy' (there are fit, validate, test, predict, plan, smoke, "
-        "ablate, inspect, generate, chat, serve, merge, export, bench, doctor, explain, prove-resume).",
+        "ablate, inspect, generate, chat, serve, merge, export, bench, doctor, explain, "
+        "prove-resume).",
     ),
     "key": (
         (*FIT, "--model.lora.rank", "4"),
