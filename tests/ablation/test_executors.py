@@ -51,7 +51,9 @@ def _kill_a_worker(process: subprocess.Popen[str], root: Path) -> bool:
         time.sleep(0.5)
         if len(list(root.glob("runs/*/fit"))) < 2:
             continue
-        listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout
+        listed = subprocess.run(
+            ["ps", "-wweo", "pid=,args="], capture_output=True, text=True
+        ).stdout
         lines = [line.split(None, 1) for line in listed.splitlines()]
         workers = [int(pid) for pid, words in lines if words.startswith("ray::_run")]
         runs = [int(pid) for pid, words in lines if f"--run.root={root.resolve()}" in words]
