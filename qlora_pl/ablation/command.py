@@ -17,7 +17,7 @@ from qlora_pl.ablation.grid.cells import Grid, make_grid
 from qlora_pl.ablation.grid.grid_file import read_grid
 from qlora_pl.ablation.running.folder_lock import FolderLock
 from qlora_pl.ablation.running.grid_folder import GridEntry, GridFolder
-from qlora_pl.ablation.running.local import Executor, LocalExecutor
+from qlora_pl.ablation.running.local import Executor, LocalExecutor, slots
 from qlora_pl.ablation.running.store import ENDED_BADLY
 from qlora_pl.ablation.running.watching import Watcher, status_lines
 from qlora_pl.errors import ConfigurationError, did_you_mean
@@ -118,7 +118,7 @@ def ablate_command(words: Sequence[str]) -> int:
             return 0
         _write_down(grid, folder, text, [_entry(run) for run in runs])
     if options.run:
-        return _run(grid, folder, entries, options)
+        return _run(grid, folder, entries, options, _gpus_of(runs))
     if options.report:
         print(_reported(grid, folder, entries))
     else:
@@ -209,8 +209,18 @@ def _reported(grid: Grid, folder: GridFolder, entries: Sequence[GridEntry]) -> P
     return write_report(numbers_of(grid, folder, entries), folder.path)
 
 
+def _gpus_of(runs: Sequence[GridRun]) -> int:
+    from qlora_pl.strategies.fitting import num_gpus
+
+    return max(num_gpus(run.parsed.trainer) for run in runs)
+
+
 def _run(
-    grid: Grid, folder: GridFolder, entries: Sequence[GridEntry], options: AblateOptions
+    grid: Grid,
+    folder: GridFolder,
+    entries: Sequence[GridEntry],
+    options: AblateOptions,
+    num_gpus: int,
 ) -> int:
     watcher = Watcher(folder, entries, grid.file.metric.name)
     wanted = [
@@ -223,9 +233,9 @@ def _run(
     try:
         with FolderLock(folder.path) as lock:
             _refuse_second(folder, lock)
-            tasks = [folder.task(entry, Path.cwd(), 0) for entry in wanted]
+            tasks = [folder.task(entry, Path.cwd(), num_gpus) for entry in wanted]
             if tasks:
-                executor_of(options, folder).run(tasks, watcher, stopping)
+                executor_of(options, folder, num_gpus).run(tasks, watcher, stopping)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -238,8 +248,13 @@ def _run(
     return int(any(kind != "finished" for kind in states))
 
 
-def executor_of(options: AblateOptions, folder: GridFolder) -> Executor:
+def executor_of(options: AblateOptions, folder: GridFolder, num_gpus: int) -> Executor:
     """What starts the runs.
+
+    Args:
+        options: The command's.
+        folder: Of the grid.
+        num_gpus: Of each run; 0: it trains on CPUs.
 
     Raises:
         ConfigurationError: if it is not installed, or not to be reached.
@@ -253,7 +268,18 @@ def executor_of(options: AblateOptions, folder: GridFolder) -> Executor:
 
         settings = sbatch_settings(options.slurm)
         return SlurmExecutor(folder.path / "slurm", options.jobs, settings=settings)
-    return LocalExecutor([None] * (options.jobs or 1))
+    gpus = visible_gpus() if num_gpus else []
+    return LocalExecutor(slots(gpus, num_gpus, options.jobs))
+
+
+def visible_gpus() -> list[str]:
+    """This process's GPUs, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch  # slow to import
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)

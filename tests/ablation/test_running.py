@@ -19,7 +19,7 @@ from qlora_pl.ablation.grid.cells import make_grid
 from qlora_pl.ablation.grid.grid_file import read_grid
 from qlora_pl.ablation.grid.resolving import idle_axes, resolve
 from qlora_pl.ablation.running.folder_lock import FolderLock
-from qlora_pl.ablation.running.local import LocalExecutor
+from qlora_pl.ablation.running.local import LocalExecutor, slots
 from qlora_pl.ablation.running.store import RunHome, RunState
 from qlora_pl.ablation.running.task import Task, judge, run_task
 from qlora_pl.errors import AblationError, ConfigurationError
@@ -91,6 +91,30 @@ def test_a_second_process_waits_for_the_lock_until_it_is_told_to_stop(tmp_path: 
             assert not two.is_held
     with FolderLock(tmp_path) as three:
         assert three.is_held
+
+
+@pytest.mark.parametrize(
+    ("gpus", "per_run", "jobs", "seen"),
+    [
+        ([], 1, None, [None]),
+        ([], 1, 2, [None, None]),
+        (["0", "1", "2"], 1, None, ["0", "1", "2"]),
+        (["4", "5", "6", "7"], 2, None, ["4,5", "6,7"]),
+        (["0", "1", "2"], 2, None, ["0,1"]),
+        (["0", "1"], 1, 1, ["0"]),
+    ],
+)
+def test_gpus_are_shared_out_among_runs(
+    gpus: list[str], per_run: int, jobs: int | None, seen: list[str | None]
+) -> None:
+    assert slots(gpus, per_run, jobs) == seen
+
+
+def test_a_run_that_needs_more_gpus_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="trains on 4 GPUs and there are 2"):
+        slots(["0", "1"], 4, None)
+    with pytest.raises(ConfigurationError, match="--jobs: 3 runs of 1 GPUs each need more"):
+        slots(["0", "1"], 1, 3)
 
 
 def test_as_many_runs_at_once_as_there_are_slots(

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from qlora_pl.ablation.running.store import RunState
 from qlora_pl.ablation.running.task import Task, run_task
+from qlora_pl.errors import ConfigurationError
 
 Report = Callable[[Task, RunState | None, BaseException | None], None]
 """Told of each run: None while it starts, its state when it has ended, or what went wrong."""
@@ -19,6 +20,33 @@ class Executor(Protocol):
 
     def run(self, tasks: Sequence[Task], report: Report, is_stopping: threading.Event) -> None:
         """See ``LocalExecutor.run``."""
+
+
+def slots(gpus: Sequence[str], per_run: int, jobs: int | None) -> list[str | None]:
+    """What each run that goes on at once sees of this machine's GPUs.
+
+    Args:
+        gpus: As ``CUDA_VISIBLE_DEVICES`` names them; empty: runs train on CPUs.
+        per_run: GPUs of one run.
+        jobs: Runs at once; None: as many as the GPUs carry, on CPUs one.
+
+    Raises:
+        ConfigurationError: if a run needs more GPUs than there are, or the jobs do.
+    """
+    if not gpus:
+        return [None] * (jobs or 1)
+    most = len(gpus) // per_run
+    if most == 0:
+        raise ConfigurationError(
+            f"a run of this grid trains on {per_run} GPUs and there are {len(gpus)}; name a file "
+            "with fewer trainer.devices by --machine."
+        )
+    if jobs is not None and jobs > most:
+        raise ConfigurationError(
+            f"--jobs: {jobs} runs of {per_run} GPUs each need more than the {len(gpus)} there are."
+        )
+    shares = (gpus[place * per_run : (place + 1) * per_run] for place in range(jobs or most))
+    return [",".join(share) for share in shares]
 
 
 class LocalExecutor:
