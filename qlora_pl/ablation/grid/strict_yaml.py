@@ -27,7 +27,11 @@ def load_mapping(path: Path) -> dict[str, Any]:
         ConfigurationError: if it cannot be read, is no YAML, names a key twice or is no mapping.
     """
     try:
-        found = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+        loader = _Loader(path.read_text("utf-8"))
+        try:
+            found = loader.get_single_data()
+        finally:
+            loader.dispose()
     except OSError as error:
         raise ConfigurationError(f"'{path}' could not be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
