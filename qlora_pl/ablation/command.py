@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -98,6 +99,8 @@ def ablate_command(words: Sequence[str]) -> int:
     """
     parser = flags()
     options = AblateOptions(**parser.settings(AblateOptions, parser.parse(words)))
+    if options.run or options.report:
+        _refuse_without_statistics()
     path = Path(str(options.config)).expanduser()
     grid = make_grid(read_grid(path))
     folder = GridFolder(Path(options.root).expanduser(), path.stem)
@@ -124,6 +127,18 @@ def ablate_command(words: Sequence[str]) -> int:
     else:
         print("\n".join(status_lines(folder, entries, grid.file.metric.name)))
     return 0
+
+
+def _refuse_without_statistics() -> None:
+    """Before anything is trained whose report could not be written.
+
+    Raises:
+        ConfigurationError: if the extra is not installed.
+    """
+    if missing := [name for name in ("scipy", "statsmodels") if find_spec(name) is None]:
+        raise ConfigurationError(
+            f'ablate: a report needs {missing[0]}: pip install "qlora-pl[ablation]".'
+        )
 
 
 def _resolved(grid: Grid, path: Path, options: AblateOptions) -> list[GridRun]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_pl.ablation.command import ablate_command
 from qlora_pl.ablation.grid.cells import Grid, label_of, make_grid
-from qlora_pl.ablation.grid.grid_file import read_grid
+from qlora_pl.ablation.grid.grid_file import GridFile, read_grid
 from qlora_pl.errors import ConfigurationError
 
 HEAD = "question: Does it matter?\nbase: base.yaml\n"
@@ -193,3 +194,17 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_labels_are_short(value: object, label: str) -> None:
     assert label_of(value) == label
+
+
+def test_without_its_extra_a_grid_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_pl.ablation.command.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r'pip install "qlora-pl\[ablation\]"'):
+        ablate_command(["--config", str(tmp_path / "grid.yaml"), "--run"])
+
+
+def test_a_key_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    known = ", ".join(GridFile.__dataclass_fields__)
+    [problem] = problems_of(HEAD + AXES + "halving: {first_step: 4}\n", tmp_path)
+    assert problem.endswith(f"halving: no such key (it has {known}).")

@@ -146,22 +146,6 @@ class ComparisonsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalvingConfig:
-    """Successive halving: of every so many cells the worst stop early; never without asking."""
-
-    first_step: int
-    """Optimizer steps before cells are compared for the first time."""
-    keep: float = 0.5
-    """Share of cells that goes on each time."""
-
-    def __post_init__(self) -> None:
-        if self.first_step < 1:
-            raise ConfigurationError(f"first_step: must be at least 1, got {self.first_step}.")
-        if not 0 < self.keep < 1:
-            raise ConfigurationError(f"keep: must lie between 0 and 1, got {self.keep:g}.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
     """What a grid may cost; more is refused before anything starts."""
 
@@ -197,7 +181,6 @@ class GridFile:
     comparisons: ComparisonsConfig = field(default_factory=ComparisonsConfig)
     level: float = 0.95
     """Of confidence, everywhere."""
-    halving: HalvingConfig | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
     def __post_init__(self) -> None:

@@ -65,10 +65,7 @@ class RayExecutor:
             path.unlink(missing_ok=True)
         going = {}
         for task in tasks:
-            memory = {} if task.memory_bytes is None else {"memory": task.memory_bytes}
-            own = call.options(
-                num_cpus=self._cpus, num_gpus=task.num_gpus, max_retries=RETRIES, **memory
-            )
+            own = call.options(num_cpus=self._cpus, num_gpus=task.num_gpus, max_retries=RETRIES)
             going[own.remote(task)] = task
         started: set[str] = set()
         try:

@@ -44,8 +44,6 @@ class Task:
     directory: str = "."
     """Where relative paths of the training file begin."""
     num_gpus: int = 0
-    memory_bytes: int | None = None
-    """That it is planned to take; None: not planned."""
 
 
 def fit_words(task: Task) -> list[str]:

@@ -22,22 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from qlora_pl.errors import ConfigurationError
 from qlora_pl.modeling.optimization.bitsandbytes_state import settled
 from qlora_pl.modeling.optimization.sharded_optimizer import ShardedOptimizer, local_shard
-from qlora_pl.modeling.optimization.state_bytes import state_bytes
+from qlora_pl.modeling.optimization.state_bytes import OptimizerName, state_bytes
 from qlora_pl.modeling.optimization.state_precision import report_float32_state
 
 logger = logging.getLogger(__name__)
 
-OptimizerName = Literal[
-    "paged_adamw_32bit",
-    "paged_adamw_8bit",
-    "paged_lion_32bit",
-    "paged_lion_8bit",
-    "adamw_32bit",
-    "adamw_8bit",
-    "lion",
-    "sgd",
-    "adamw_torch",
-]
 ScheduleName = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_floor", "inverse_sqrt"
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from qlora_pl.modeling.optimization.state_precision import (
     keeps_8bit_state,
@@ -17,6 +18,18 @@ from qlora_pl.modeling.optimization.state_precision import (
 SMALLEST_PAGED = 100_000
 """Elements of a tensor below which bitsandbytes does not page its state."""
 
+OptimizerName = Literal[
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "adamw_32bit",
+    "adamw_8bit",
+    "lion",
+    "sgd",
+    "adamw_torch",
+]
+"""What ``model.optimizer.name`` takes."""
 Shape = Sequence[int]
 
 

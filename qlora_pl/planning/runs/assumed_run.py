@@ -6,20 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_pl.errors import ConfigurationError
+from qlora_pl.modeling.optimization.state_bytes import OptimizerName
 from qlora_pl.planning.memory.training_setting import Attention, Dtype, QuantType, TrainingSetting
 from qlora_pl.planning.runs.run_keys import RunKeys
 
-OptimizerName = Literal[
-    "paged_adamw_32bit",
-    "paged_adamw_8bit",
-    "paged_lion_32bit",
-    "paged_lion_8bit",
-    "adamw_32bit",
-    "adamw_8bit",
-    "lion",
-    "sgd",
-    "adamw_torch",
-]
 MOST = {
     "r": 2**16,
     "batch_size": 2**20,
